@@ -1,0 +1,266 @@
+"""Block devices as the cache sees them: read, write, flush, discard, size.
+
+A device is anything with the methods of :class:`Device`; :class:`FileDevice` is a regular file or a block device,
+:class:`MemoryDevice` is bytes in memory.  Offsets and lengths are in bytes.  Source: docs/bufio.md, "Devices".
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from struct import pack, unpack
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    ReadableBuffer = bytes | bytearray | memoryview
+    WritableBuffer = bytearray | memoryview
+    PathLike = str | os.PathLike[str]
+
+_BLKGETSIZE64 = 0x80081272
+_BLKDISCARD = 0x1277
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_MAX_IOVECS = 1024
+
+
+class Device(Protocol):
+    """What the cache asks of a device.  Errors are ``OSError``; a transfer is whole or an error."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the device: a path, or a word."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Present size.  Asked for each time it matters: a device may grow."""
+
+    @property
+    def read_only(self) -> bool:
+        """True when every write and discard is refused."""
+
+    def readinto(self, buffer: WritableBuffer, offset: int) -> None:
+        """Fill *buffer* from byte *offset*."""
+
+    def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
+        """Fill *buffers* one after the other from consecutive bytes beginning at *offset*."""
+
+    def pwrite(self, data: ReadableBuffer, offset: int) -> None:
+        """Write *data* at byte *offset*."""
+
+    def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
+        """Write *buffers* one after the other to consecutive bytes beginning at *offset*."""
+
+    def flush(self) -> None:
+        """Make durable everything written before the call."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Tell the device that a range holds nothing of interest; EOPNOTSUPP where it cannot be told."""
+
+    def close(self) -> None:
+        """Give the device back."""
+
+
+def _nbytes(buffers: Sequence[ReadableBuffer]) -> int:
+    return sum(memoryview(b).nbytes for b in buffers)
+
+
+class FileDevice:
+    """A regular file or a block device, opened by path.
+
+    :param read_only: open without the right to write
+    :param direct: open with O_DIRECT; buffers, offsets and lengths must then be aligned (the cache's own are)
+    :param exclusive: a block device is opened O_EXCL, a file is locked (shared when *read_only*), so that two writers
+        cannot meet
+    :raises OSError: as ``open`` does; EINVAL for what is neither a file nor a block device; EBUSY when somebody else
+        has it
+    """
+
+    def __init__(
+        self, path: PathLike, read_only: bool = False, direct: bool = False, exclusive: bool = False
+    ) -> None:
+        self.path = os.fspath(path)
+        self.direct = direct
+        self._read_only = read_only
+        mode = os.stat(self.path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.EINVAL, "Not a block device or regular file", self.path)
+        self._is_block_device = stat.S_ISBLK(mode)
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+        if direct:
+            flags |= os.O_DIRECT
+        if exclusive and self._is_block_device:
+            flags |= os.O_EXCL
+        self._fd = os.open(self.path, flags)
+        if exclusive and not self._is_block_device:
+            try:
+                fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._fd)
+                if error.errno == errno.EWOULDBLOCK:
+                    raise OSError(errno.EBUSY, "locked by another process", self.path) from None
+                raise
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    @property
+    def size_bytes(self) -> int:
+        if self._is_block_device:
+            size: int = unpack("Q", fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8)))[0]
+            return size
+        return os.fstat(self._fd).st_size
+
+    def fileno(self) -> int:
+        """Return the file descriptor, for ``fstat`` and the like."""
+        return self._fd
+
+    def readinto(self, buffer: WritableBuffer, offset: int) -> None:
+        self.preadv([buffer], offset)
+
+    def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
+        self._transfer(os.preadv, buffers, offset, "read")
+
+    def pwrite(self, data: ReadableBuffer, offset: int) -> None:
+        self.pwritev([data], offset)
+
+    def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
+        self._transfer(os.pwritev, buffers, offset, "write")
+
+    def _transfer(self, call: Any, buffers: Sequence[ReadableBuffer], offset: int, verb: str) -> None:
+        """Repeat a vectored *call* until all *buffers* are through; what stays short is EIO."""
+        if len(buffers) > _MAX_IOVECS:
+            for first in range(0, len(buffers), _MAX_IOVECS):
+                part = buffers[first : first + _MAX_IOVECS]
+                self._transfer(call, part, offset, verb)
+                offset += _nbytes(part)
+            return
+        wanted = _nbytes(buffers)
+        try:
+            done = call(self._fd, buffers, offset)
+            if done == wanted:
+                return
+            rest = [memoryview(b).cast("B") for b in buffers]
+            while done:
+                wanted -= done
+                offset += done
+                while done and done >= rest[0].nbytes:
+                    done -= rest[0].nbytes
+                    del rest[0]
+                if not rest:
+                    return
+                rest[0] = rest[0][done:]
+                done = call(self._fd, rest, offset)
+                if done == wanted:
+                    return
+        except OSError as error:
+            raise OSError(error.errno, f"cannot {verb} at byte {offset}: {error.strerror}", self.path) from error
+        raise OSError(errno.EIO, f"short {verb}: {wanted} bytes missing at byte {offset}", self.path)
+
+    def flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot flush: {error.strerror}", self.path) from error
+
+    def discard(self, offset: int, length: int) -> None:
+        if self._is_block_device:
+            fcntl.ioctl(self._fd, _BLKDISCARD, pack("QQ", offset, length))
+            return
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        if libc.fallocate(self._fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot discard {length} bytes at byte {offset}: {os.strerror(number)}", self.path)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class MemoryDevice:
+    """Bytes in memory: for tests, and for work on a copy that nobody shall see.
+
+    :param contents: a size in bytes (zeroed), or the bytes to begin with (copied)
+    """
+
+    def __init__(self, contents: int | ReadableBuffer, name: str = "memory") -> None:
+        self._bytes = bytearray(contents)
+        self._name = name
+        self._read_only = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._bytes)
+
+    def grow(self, size_bytes: int) -> None:
+        """Make the device larger, with zeros."""
+        self._bytes.extend(bytes(size_bytes - len(self._bytes)))
+
+    def contents(self) -> bytes:
+        """Return a copy of everything on the device."""
+        return bytes(self._bytes)
+
+    def _range(self, offset: int, length: int, verb: str) -> slice:
+        if offset < 0 or offset + length > len(self._bytes):
+            raise OSError(errno.EIO, f"cannot {verb} at byte {offset}: beyond the end", self._name)
+        return slice(offset, offset + length)
+
+    def readinto(self, buffer: WritableBuffer, offset: int) -> None:
+        view = memoryview(buffer).cast("B")
+        view[:] = self._bytes[self._range(offset, view.nbytes, "read")]
+
+    def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
+        for buffer in buffers:
+            self.readinto(buffer, offset)
+            offset += memoryview(buffer).nbytes
+
+    def pwrite(self, data: ReadableBuffer, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        self._bytes[self._range(offset, view.nbytes, "write")] = view
+
+    def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
+        for buffer in buffers:
+            self.pwrite(buffer, offset)
+            offset += memoryview(buffer).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: memory is as durable as it will ever be."""
+
+    def discard(self, offset: int, length: int) -> None:
+        self._bytes[self._range(offset, length, "discard")] = bytes(length)
+
+    def close(self) -> None:
+        """Do nothing; the contents stay, as those of a device do."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

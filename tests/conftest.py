@@ -1,0 +1,62 @@
+"""Oracles, hypothesis profiles and a deadline for every test.  The variables are described in docs/testing.md."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support import oracles
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import FrameType
+
+_DEADLINE = 60.0  # seconds
+_MARKED_DEADLINES = {"kernel": 300.0, "slow": 300.0}
+_DEADLINE_FACTOR = {"ci": 2, "long": 20}  # by hypothesis profile
+_REPEAT = 5.0  # a handler that catches everything, as hypothesis does to shrink, is interrupted again
+
+_UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", deadline=None, max_examples=50, stateful_step_count=30)
+settings.register_profile(
+    "ci", deadline=None, max_examples=200, stateful_step_count=50, suppress_health_check=_UNHURRIED, print_blob=True
+)
+settings.register_profile(
+    "long", deadline=None, max_examples=1000, stateful_step_count=100, suppress_health_check=_UNHURRIED, print_blob=True
+)
+_PROFILE = os.environ.get("THINPOOL_HYPOTHESIS_PROFILE", "default")
+settings.load_profile(_PROFILE)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip or fail a test whose oracle is not on this machine."""
+    for marker, missing in oracles.MISSING.items():
+        if item.get_closest_marker(marker) is not None:
+            reason = missing()
+            if reason is not None:
+                oracles.give_up(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that hangs.  (faulthandler_timeout in pyproject.toml shows where one hangs that cannot be failed.)"""
+    if threading.current_thread() is not threading.main_thread():
+        return (yield)
+    marked = [limit for name, limit in _MARKED_DEADLINES.items() if item.get_closest_marker(name) is not None]
+    seconds = max([_DEADLINE, *marked]) * _DEADLINE_FACTOR.get(_PROFILE, 1)
+
+    def expire(_signal: int, _frame: FrameType | None) -> None:
+        pytest.fail(f"still running after {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _REPEAT)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -185,7 +185,7 @@ def test_every_tool_has_a_script(project: dict[str, Any]) -> None:
 
 
 SKIPPED_DIRECTORIES = {".git", ".venv", "build", "dist", "__pycache__", "bench-results"}
-FORBIDDEN = re.compile(r"/(?:home|root|work|Users)/\w|py[p]i\.org|pythonhoste[d]\.org")
+FORBIDDEN = re.compile(r"/(?:home|opt|root|work|Users)/\w|py[p]i\.org|pythonhoste[d]\.org")
 
 
 def text_files() -> list[Path]:

@@ -22,7 +22,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SECTOR = 512
@@ -104,9 +104,9 @@ def pattern(seed: int, offset: int, length: int) -> bytes:
 def explain(data: bytes) -> str:
     word = bytes(data[:8])
     if word == PATTERN:
-        return "the pattern of seed %d, sector %d" % struct.unpack("<QQ", data[8:24])
+        return "the pattern of seed {}, sector {}".format(*struct.unpack("<QQ", data[8:24]))
     if word == STAMP:
-        return "the mark of data block %d" % struct.unpack("<Q", data[8:16])
+        return "the mark of data block {}".format(*struct.unpack("<Q", data[8:16]))
     if not any(data[:SECTOR]):
         return "zeros"
     return "other data"
@@ -118,8 +118,8 @@ def compare(path: str, got: memoryview, want: bytes, offset: int) -> bool:
     for i in range(0, len(want), SECTOR):
         if bytes(got[i : i + SECTOR]) != want[i : i + SECTOR]:
             print(
-                "%s: at byte %d: expected %s, found %s"
-                % (path, offset + i, explain(want[i : i + SECTOR]), explain(got[i : i + SECTOR]))
+                f"{path}: at byte {offset + i}: expected {explain(want[i : i + SECTOR])}, "
+                f"found {explain(bytes(got[i : i + SECTOR]))}"
             )
             break
     return False
@@ -140,7 +140,7 @@ def do_write(dev: str, seed: str, off: str, length: str = "") -> None:
         d.write(o, pattern(int(seed), o, n))
 
 
-def do_verify(dev: str, seed: str, off: str, length: str = "") -> int:
+def do_verify(dev: str, seed: str, off: str, length: str = "") -> int | None:
     d = Device(dev)
     for o, n in extents(d, off, length):
         if not compare(dev, d.read(o, n), pattern(int(seed), o, n), o):
@@ -148,7 +148,7 @@ def do_verify(dev: str, seed: str, off: str, length: str = "") -> int:
     return None
 
 
-def do_zero(dev: str, off: str, length: str = "") -> int:
+def do_zero(dev: str, off: str, length: str = "") -> int | None:
     d = Device(dev)
     for o, n in extents(d, off, length):
         if not compare(dev, d.read(o, n), bytes(n), o):
@@ -175,7 +175,7 @@ def spread(dev: str, seed: int, offsets: Iterable[int], nbytes: int, check: bool
                 elif not compare(dev, d.read(o, nbytes), pattern(seed, o, nbytes), o):
                     failed.append(1)
             except OSError as e:
-                print("%s: at byte %d: %s" % (dev, o, e.strerror), file=sys.stderr)
+                print(f"{dev}: at byte {o}: {e.strerror}", file=sys.stderr)
                 failed.append(1)
 
     if threads == 1:
@@ -245,7 +245,7 @@ def stamp_of(data: memoryview) -> int | None:
     if bytes(data[:8]) == STAMP:
         a, b, c = struct.unpack("<QQQ", data[8:32])
         if a == b == c:
-            return a
+            return int(a)
     return None
 
 
@@ -285,7 +285,7 @@ class Metadata:
     def node(self, n: int) -> tuple[bool, tuple[int, ...], list[bytes]]:
         b = self.block(n)
         flags, _, count, room, size = struct.unpack_from("<IQIII", b, 4)
-        keys = struct.unpack_from("<%dQ" % count, b, 32)
+        keys = struct.unpack_from(f"<{count}Q", b, 32)
         base = 32 + 8 * room
         values = [b[base + i * size : base + (i + 1) * size] for i in range(count)]
         return bool(flags & 1), keys, values
@@ -330,8 +330,8 @@ def do_xml(path: str, data: str, *only_ids: str) -> int:
     backing = Device(data)
     failed = False
     block = 0
-    defs = {}  # shared parts: name -> runs
-    runs = []  # of the device or shared part that is being read
+    defs: dict[Any, list[tuple[int, int, int]]] = {}  # shared parts: name -> runs
+    runs: list[tuple[int, int, int]] = []  # of the device or shared part that is being read
     for event, e in ElementTree.iterparse(path, events=("start", "end")):
         if event == "start":
             if e.tag == "superblock":
@@ -365,7 +365,7 @@ def check_device(e: Any, runs: list[tuple[int, int, int]], backing: Device, bloc
                 got = thin.read((v + i) * block, 4096)
             except OSError as err:
                 if not unreadable:
-                    print("%s: at byte %d: %s" % (thin.path, (v + i) * block, err.strerror))
+                    print(f"{thin.path}: at byte {(v + i) * block}: {err.strerror}")
                 unreadable += 1
                 continue
             want = bytes(backing.read((d + i) * block, 4096))
@@ -377,20 +377,17 @@ def check_device(e: Any, runs: list[tuple[int, int, int]], backing: Device, bloc
             differ += 1
     os.close(thin.fd)
     if agree == total:
-        print("device %s: %d mapped blocks agree" % (name, total))
+        print(f"device {name}: {total} mapped blocks agree")
     else:
-        print(
-            "device %s: of %d mapped blocks %d agree, %d differ, %d cannot be read"
-            % (name, total, agree, differ, unreadable)
-        )
+        print(f"device {name}: of {total} mapped blocks {agree} agree, {differ} differ, {unreadable} cannot be read")
     if total != int(e.get("mapped_blocks")):
-        print("device %s: %d mappings, but mapped_blocks is %s" % (name, total, e.get("mapped_blocks")))
+        print(f"device {name}: {total} mappings, but mapped_blocks is {e.get('mapped_blocks')}")
         return False
     return agree == total
 
 
 def main() -> int:
-    commands = {
+    commands: dict[str, Callable[..., int | None]] = {
         "superblock": do_superblock,
         "ids": do_ids,
         "write": do_write,
@@ -406,7 +403,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     try:
-        return commands[sys.argv[1]](*sys.argv[2:])
+        return commands[sys.argv[1]](*sys.argv[2:]) or 0
     except OSError as e:
         sys.exit(f"{sys.argv[1]}: {e.strerror}")
 

@@ -16,12 +16,12 @@ BENCH ?= engine
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
-SOURCES := bufio persistent_data thinpool tools tests
+SOURCES := bufio persistent_data thinpool tools examples tests
 
 .PHONY: demo test check test-all bench format lint types fast clean distclean
 
 demo: $(VENV)/.installed
-	@$(BIN)/python -m tools.demo
+	@$(BIN)/python examples/tour.py
 
 test: $(VENV)/.test
 	$(PYTEST) $(TESTS)

@@ -21,6 +21,7 @@ THIRD_PARTY = {
     "thinpool": FORMATS | {"sortedcontainers"},
     "tools": FORMATS,
     "tools/bench": FORMATS | {"lmdb"},
+    "examples": set(),
     "tests": FORMATS | {"sortedcontainers", "pytest", "hypothesis"},
 }
 NOT_INSTALLED = ["tools/bench"]
@@ -31,7 +32,7 @@ COMMAND_LINE_MODULES = {"argparse", "getopt", "optparse"}
 def modules(*directories: str) -> list[str]:
     """Every module below *directories*, as paths relative to the root, without the data of the tests."""
     found = (path.relative_to(ROOT) for directory in directories for path in (ROOT / directory).rglob("*.py"))
-    return sorted(str(path) for path in found if path.parts[:2] != ("tests", "data") and "uml" not in path.parts)
+    return sorted(str(path) for path in found if path.parts[:2] != ("tests", "data"))
 
 
 def parse(module: str) -> ast.Module:
@@ -96,7 +97,7 @@ def test_imports_point_down(module: str) -> None:
     assert not upward, f"{module} imports {upward}, which is above it"
 
 
-@pytest.mark.parametrize("module", modules(*LAYERS, "tests"))
+@pytest.mark.parametrize("module", modules(*LAYERS, "examples", "tests"))
 def test_third_party_packages_belong_to_the_layer(module: str) -> None:
     ours = {*LAYERS, "tests"}
     foreign = imported_packages(parse(module)) - sys.stdlib_module_names - ours
@@ -142,7 +143,7 @@ def test_module_name_hides_nothing(module: str) -> None:
     assert path.stem not in public, f"{module} has the name of a public object of its package"
 
 
-@pytest.mark.parametrize("module", modules(*LAYERS, "tests"))
+@pytest.mark.parametrize("module", modules(*LAYERS, "examples", "tests"))
 def test_exported_names_exist_once(module: str) -> None:
     tree = parse(module)
     exported = exported_names(tree)

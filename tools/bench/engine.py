@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import statistics
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from bufio import FileDevice, MemoryDevice
 from thinpool import PoolMetadata
-from tools.bench.measure import Lap, Result, Stopwatch, environment, interleave, pin_to_one_core, table
+from tools.bench.measure import Lap, Result, Stopwatch, environment, interleave, one_core, table
 from tools.bench.pools import DATA_BLOCK_SIZE, CountingDevice, make_linear_pool, metadata_bytes, tree_depth
 from tools.bench.stores import LmdbStore, PoolStore
 
@@ -335,14 +334,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the tables, write the JSON."""
     options = parse(argv)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    core = pin_to_one_core()
-    facts = environment(["numpy", "fastcrc", "lmdb"])
-    facts["core"] = str(core)
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    print(f"median of {options.rounds} interleaved rounds, {options.clock} time, {options.mappings:,} mappings\n")
-    collected: dict[str, Any] = {"environment": facts, "options": {k: str(v) for k, v in vars(options).items()}}
-    with tempfile.TemporaryDirectory(prefix="thinpool-bench-", dir=options.directory) as directory:
+    with one_core() as core, tempfile.TemporaryDirectory(prefix="thinpool-bench-", dir=options.directory) as directory:
+        facts = environment(["numpy", "fastcrc", "lmdb"]) | {"core": str(core)}
+        print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        print(f"median of {options.rounds} interleaved rounds, {options.clock} time, {options.mappings:,} mappings\n")
+        collected: dict[str, Any] = {"environment": facts, "options": {k: str(v) for k, v in vars(options).items()}}
         bench = Bench(options, Path(directory))
         for name in options.only or MEASUREMENTS:
             text, collected[name] = MEASUREMENTS[name](bench)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Lap", "Result", "Stopwatch", "environment", "interleave", "pin_to_one_core", "table"]
+__all__ = ["Lap", "Result", "Stopwatch", "environment", "interleave", "one_core", "table"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,16 @@ def interleave(contestants: dict[str, Callable[[], dict[str, Lap]]], rounds: int
     return {operation: {name: by_name[name] for name in names} for operation, by_name in results.items()}
 
 
-def pin_to_one_core() -> int:
+@contextmanager
+def one_core() -> Iterator[int]:
     """Stay on one of the cores that this process may use, so that "on one core" is meant literally."""
-    core = max(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    core = max(before)
     os.sched_setaffinity(0, {core})
-    return core
+    try:
+        yield core
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _processor() -> str:

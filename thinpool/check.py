@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from persistent_data.block_reader import BlockReader
-from persistent_data.btree_walk import BTreeWalk, NoVisitor, TreeKind
+from persistent_data.btree_walk import BTreeWalk
 from persistent_data.checksum import SUPERBLOCK_SALT, block_checksum
-from persistent_data.damage import ADVISORY, FATAL, SEVERITIES, UNBOUNDED, show_range
+from persistent_data.damage import ADVISORY, FATAL, SEVERITIES, show_range
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
 from persistent_data.node_check import BLOCKNR_MISMATCH, IO_ERROR, OUTSIDE_DEVICE
 from persistent_data.ref_counts import RefCounts
@@ -30,7 +30,6 @@ from persistent_data.space_map_check import (
 )
 
 from .layout import (
-    DEVICE_DETAILS,
     MAX_DEVICE_ID,
     METADATA_BLOCK_SECTORS,
     NEEDS_CHECK_FLAG,
@@ -41,6 +40,22 @@ from .layout import (
     Superblock,
     superblock_error,
     valid_data_block_size,
+)
+from .trees import (
+    DATA_SPACE_MAP,
+    DETAILS_KIND,
+    DETAILS_TREE,
+    MAPPING_KIND,
+    MAPPING_TREE,
+    METADATA_SPACE_MAP,
+    NODE_ERROR,
+    SNAP_PREFIX,
+    TOP_LEVEL,
+    TOP_LEVEL_KIND,
+    DetailsVisitor,
+    DeviceEntry,
+    TopLevelVisitor,
+    describe_damage,
 )
 
 if TYPE_CHECKING:
@@ -54,12 +69,6 @@ if TYPE_CHECKING:
     from .layout import SpaceMapRoot
 
 SUPERBLOCK = "superblock"
-DETAILS_TREE = "device details tree"
-TOP_LEVEL = "mapping top-level"
-MAPPING_TREE = "mapping tree"
-DATA_SPACE_MAP = "data space map"
-METADATA_SPACE_MAP = "metadata space map"
-SNAP_PREFIX = "metadata snap: "
 
 INCOMPATIBLE = "feature flags that the kernel refuses"
 BAD_DATA_BLOCK_SIZE = "data block size"
@@ -75,10 +84,6 @@ DATA_BLOCK_OUTSIDE = "data block outside the data device"
 TIME_IN_FUTURE = "time is later than the pool's"
 TIMES_OUT_OF_ORDER = "device times out of order"
 SHARED_LOOKS_EXCLUSIVE = "shared data block looks exclusive"
-
-DETAILS_KIND = TreeKind(DETAILS_TREE, DEVICE_DETAILS.size)
-TOP_LEVEL_KIND = TreeKind(TOP_LEVEL, 8)
-MAPPING_KIND = TreeKind(MAPPING_TREE, 8)
 
 _SUSPECT = 1 << 32
 """In a mark, beside the highest time below a node: some mapping there must not be shared."""
@@ -208,44 +213,6 @@ def check(device: Device, options: Options | None = None, observer: Observer | N
     return _Check(device, options or Options(), observer or Observer()).run()
 
 
-class _Device:
-    """A thin device as its two trees describe it."""
-
-    __slots__ = ("creation_time", "dev_id", "mapped_blocks", "path", "root", "snapshotted_time", "transaction_id")
-
-    def __init__(self, dev_id: int, details: tuple[int, ...]) -> None:
-        self.dev_id = dev_id
-        self.mapped_blocks, self.transaction_id, self.creation_time, self.snapshotted_time = details
-        self.root = 0
-        self.path: tuple[int, ...] = ()
-
-
-class _DetailsVisitor(NoVisitor):
-    """Collects the details of each device."""
-
-    def __init__(self) -> None:
-        self.devices: dict[int, _Device] = {}
-        self.paths: dict[int, tuple[int, ...]] = {}
-
-    def leaf(self, node: Node, path: tuple[int, ...]) -> int:
-        for dev_id, details in zip(node.keys, node.records(DEVICE_DETAILS), strict=True):
-            self.devices[dev_id] = _Device(dev_id, details)
-            self.paths[dev_id] = path
-        return 0
-
-
-class _TopLevelVisitor(NoVisitor):
-    """Collects the root of each device, with the way to the leaf that names it."""
-
-    def __init__(self) -> None:
-        self.roots: dict[int, tuple[int, tuple[int, ...]]] = {}
-
-    def leaf(self, node: Node, path: tuple[int, ...]) -> int:
-        for dev_id, root in zip(node.keys, node.numbers(), strict=True):
-            self.roots[dev_id] = (root, path)
-        return 0
-
-
 class _MappingVisitor:
     """Counts the data blocks of each leaf and judges the times in it.
 
@@ -258,7 +225,7 @@ class _MappingVisitor:
         self._check = check
         self._pool_time = pool_time
         self._suspects = suspects
-        self.device: _Device | None = None
+        self.device: DeviceEntry | None = None
         self.dev_id = 0
 
     def leaf(self, node: Node, path: tuple[int, ...]) -> int:
@@ -302,7 +269,8 @@ class _MappingVisitor:
             FATAL,
             DATA_BLOCK_OUTSIDE,
             f"{len(bad)} mappings of thin device {self.dev_id} lead to data blocks outside the data device, "
-            f"the first is that of thin block {node.keys[first]} to data block {blocks[first]} of {limit} (block {node.block})",
+            f"the first is that of thin block {node.keys[first]} to data block {blocks[first]} of {limit} "
+            f"(block {node.block})",
             self._check.prefix + MAPPING_TREE,
             device=self.dev_id,
             keys=(node.keys[first], node.keys[bad[-1]] + 1),
@@ -541,7 +509,7 @@ class _Check:
     def _check_pool(self, main: Superblock, snap: Superblock | None) -> Iterator[Finding]:
         devices = self._device_trees(main, (0,))
         yield from self._drain()
-        snap_devices: list[_Device] = []
+        snap_devices: list[DeviceEntry] = []
         if snap is not None:
             self.prefix = SNAP_PREFIX
             snap_devices = self._device_trees(snap, (0, main.held_root))
@@ -579,40 +547,28 @@ class _Check:
         """Make a finding of what a walk came upon."""
         if damage.fault.severity == FATAL:
             self._complete = False
-        self._damage(damage, "node error: ")
+        self._damage(damage, NODE_ERROR)
 
     def _damage(self, damage: Damage, label: str = "") -> None:
-        fault = damage.fault
         tree = self.prefix + self._tree
-        parts = [f"{tree}: {label}{fault.rule}: block {damage.block}"]
-        if fault.detail:
-            parts[0] += f" ({fault.detail})"
-        if self._dev_id is not None:
-            parts.append(f"thin device {self._dev_id}")
-        if damage.begin or damage.end < UNBOUNDED or self._tree in (MAPPING_TREE, TOP_LEVEL, DETAILS_TREE):
-            unit = {MAPPING_TREE: "thin blocks", TOP_LEVEL: "devices", DETAILS_TREE: "devices"}.get(
-                self._tree, "blocks"
-            )
-            parts.append(f"{unit} {show_range(damage.begin, damage.end)}")
-        parts.append("path " + "/".join(map(str, damage.path)))
         self.add(
-            fault.severity,
-            fault.rule,
-            ", ".join(parts),
+            damage.fault.severity,
+            damage.fault.rule,
+            describe_damage(damage, tree, self._dev_id, label),
             tree,
             device=self._dev_id,
             keys=(damage.begin, damage.end),
             path=damage.path,
         )
 
-    def _device_trees(self, sb: Superblock, path: tuple[int, ...]) -> list[_Device]:
+    def _device_trees(self, sb: Superblock, path: tuple[int, ...]) -> list[DeviceEntry]:
         """Read the details tree and the top level of the mapping tree; return the devices that the latter names."""
         self._observer.stage(DETAILS_TREE)
         self._tree = DETAILS_TREE
-        details = _DetailsVisitor()
+        details = DetailsVisitor()
         details_summary = self._walk.walk(sb.device_details_root, DETAILS_KIND, details, path)
         self._tree = TOP_LEVEL
-        top_level = _TopLevelVisitor()
+        top_level = TopLevelVisitor()
         summary = self._walk.walk(sb.data_mapping_root, TOP_LEVEL_KIND, top_level, path)
         sound = (
             details_summary is not None
@@ -623,8 +579,8 @@ class _Check:
         return self._join(sb, details, top_level, sound)
 
     def _join(
-        self, sb: Superblock, details: _DetailsVisitor, top_level: _TopLevelVisitor, sound: bool
-    ) -> list[_Device]:
+        self, sb: Superblock, details: DetailsVisitor, top_level: TopLevelVisitor, sound: bool
+    ) -> list[DeviceEntry]:
         for dev_id, device in details.devices.items():
             self._check_details(sb, device, details.paths[dev_id])
         lost = [i for i in details.devices if i not in top_level.roots] if sound else []
@@ -644,12 +600,12 @@ class _Check:
             )
         devices = []
         for dev_id in sorted(top_level.roots):
-            device = details.devices.get(dev_id) or _Device(dev_id, (-1, 0, 0, 1 << 64))
+            device = details.devices.get(dev_id) or DeviceEntry(dev_id, (-1, 0, 0, 1 << 64))
             device.root, device.path = top_level.roots[dev_id]
             devices.append(device)
         return devices
 
-    def _check_details(self, sb: Superblock, device: _Device, path: tuple[int, ...]) -> None:
+    def _check_details(self, sb: Superblock, device: DeviceEntry, path: tuple[int, ...]) -> None:
         dev_id = device.dev_id
         tree = self.prefix + DETAILS_TREE
         if dev_id > MAX_DEVICE_ID:
@@ -669,7 +625,7 @@ class _Check:
             )
             self.add(ADVISORY, TIME_IN_FUTURE, message, tree, device=dev_id, path=path)
 
-    def _mappings(self, devices: list[_Device], pool_time: int, suspects: bytearray | None) -> Iterator[Finding]:
+    def _mappings(self, devices: list[DeviceEntry], pool_time: int, suspects: bytearray | None) -> Iterator[Finding]:
         visitor = _MappingVisitor(self, pool_time, suspects)
         self._tree = MAPPING_TREE
         for device in devices:
@@ -681,7 +637,7 @@ class _Check:
                 yield from self._drain()
         self._dev_id = None
 
-    def _check_mapped(self, device: _Device, found: int | None) -> None:
+    def _check_mapped(self, device: DeviceEntry, found: int | None) -> None:
         """Compare the number of mappings found with the device's details; None when the root was no use."""
         wanted = device.mapped_blocks
         if wanted < 0:

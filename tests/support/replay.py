@@ -17,7 +17,7 @@ thin table            open_thin_device; its removal: close, without a commit
 write, block unmapped find_block, alloc_data_block, insert_block
 write, block shared   find_block, alloc_data_block, insert_block (after the copy)
 discard               remove_range, once for each bio; blocks that it covers in part do not count
-flush                 commit
+flush, device changed commit; without a change of that device a flush does nothing
 status                commit
 suspend of the pool   commit
 table of another size suspend: commit; resume: resize_data_dev, then resize_metadata_dev, then one commit
@@ -26,19 +26,21 @@ about once a second   commit, if a device changed and more than a second has pas
                       commit (those after messages and status do not count), once the bios at hand are done
 ====================  =============================================================================================
 
-The last line is the only one that depends on time.  So each transaction of writes begins with a flush, which starts
-the second anew, is short, and is checked: if the superblock changed before its commit, :class:`EarlyCommitError` is
-raised and :func:`replay_in_kernel` starts over.
+The last line is the only one that depends on time.  So the first change of each transaction is committed on its own
+(see ``begin_transaction`` in ``uml/agent.py``), with a flush: now a second begins in which the kernel leaves the rest
+alone.  Transactions are short, commits are flushes where possible, and before each commit the superblock is compared:
+if it changed too early, :class:`EarlyCommitError` is raised and :func:`replay_in_kernel` starts over.
 
 The pool runs with skip_block_zeroing, and writes are synchronous, so allocations come in the order of the writes.
 """
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from tests.support.image import Image
+from tests.support.image import BLOCK, Image
 from tests.support.kernel import KernelRunError, StepResults, Steps, make_sparse, run_steps
 from thinpool.errors import NotMapped
 from thinpool.metadata import PoolMetadata
@@ -160,6 +162,9 @@ Operation: TypeAlias = (
     | Checkpoint
 )
 
+#: The operations that the pool target does not follow with a commit.
+UNCOMMITTED = (Write, Discard, Activate, Deactivate, Checkpoint)
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -168,6 +173,22 @@ class Geometry:
     metadata_blocks: int
     data_blocks: int
     data_block_size: int = 128
+    start: bytes = field(default=b"", repr=False)
+    """The metadata device to begin with, of that size; none: a new pool."""
+    settle: bool = True
+    """Commit the first change of each transaction on its own.  Without, only a fast machine succeeds."""
+
+    @classmethod
+    def of(cls, start: bytes) -> "Geometry":
+        """The pool that is on a metadata device."""
+        superblock = Image.from_bytes(start).superblock()
+        return cls(len(start) // BLOCK, superblock.data_map.nr_blocks, superblock.data_block_size, start)
+
+    def make_metadata(self, path: Path, nr_blocks: int) -> Path:
+        """The image to begin with, *nr_blocks* long."""
+        path.write_bytes(self.start)
+        os.truncate(path, nr_blocks * BLOCK)
+        return path
 
 
 class EarlyCommitError(KernelRunError):
@@ -183,28 +204,29 @@ def kernel_steps(geometry: Geometry, operations: Sequence[Operation]) -> tuple[S
     guards: list[int] = []
     data_blocks = geometry.data_blocks
     active: list[int] = []
-    dirty = False
+    dirty: int | None = None
+    """The device that changed last, in this transaction."""
 
     def pool_create() -> None:
         steps.pool_create(geometry.data_block_size, data_blocks)
 
     def change(dev: int) -> None:
         nonlocal dirty
-        if not dirty:
-            steps.add("flush", dev=dev)
-            steps.add("begin_transaction")
-            dirty = True
+        if dirty is None:
+            steps.add("begin_transaction", settle=geometry.settle)
+        dirty = dev
 
     def commit_follows() -> None:
         nonlocal dirty
-        if dirty:
+        if dirty is not None:
             guards.append(steps.add("same_transaction"))
-            dirty = False
+            dirty = None
 
-    steps.add("meta_window", sectors=geometry.metadata_blocks * 8)
+    steps.add("meta_window", sectors=geometry.metadata_blocks * BLOCK // 512)
     pool_create()
     for operation in operations:
-        if not isinstance(operation, Write | Discard | Activate | Deactivate):
+        changed = dirty
+        if not isinstance(operation, UNCOMMITTED):
             commit_follows()
         match operation:
             case CreateThin(dev):
@@ -226,7 +248,10 @@ def kernel_steps(geometry: Geometry, operations: Sequence[Operation]) -> tuple[S
                 change(dev)
                 steps.add("discard", dev=dev, begin=begin, end=end)
             case Commit():
-                steps.add("status")
+                if changed in active:
+                    steps.add("flush", dev=changed)
+                else:
+                    steps.add("status")
             case SetTransactionId(current, new):
                 steps.message(f"set_transaction_id {current} {new}")
             case ReserveMetadataSnap():
@@ -237,7 +262,7 @@ def kernel_steps(geometry: Geometry, operations: Sequence[Operation]) -> tuple[S
                 data_blocks = nr_blocks
                 steps.pool_reload(geometry.data_block_size, data_blocks)
             case ResizeMetadata(nr_blocks):
-                steps.add("meta_window", sectors=nr_blocks * 8)
+                steps.add("meta_window", sectors=nr_blocks * BLOCK // 512)
                 steps.pool_reload(geometry.data_block_size, data_blocks)
             case Reopen():
                 steps.add("pool_remove")
@@ -274,7 +299,7 @@ def replay_in_kernel(geometry: Geometry, operations: Sequence[Operation], direct
 
 def _replay_in_kernel(geometry: Geometry, operations: Sequence[Operation], directory: Path) -> list[Image]:
     metadata_blocks, data_blocks = largest(geometry, operations)
-    meta = make_sparse(directory / "kernel.meta", metadata_blocks * 4096)
+    meta = geometry.make_metadata(directory / "kernel.meta", metadata_blocks)
     data = make_sparse(directory / "kernel.data", data_blocks * geometry.data_block_size * 512)
     steps, guards = kernel_steps(geometry, operations)
     results: StepResults = run_steps(steps, meta=meta, data=data)
@@ -293,11 +318,14 @@ class EngineReplay:
     def __init__(self, geometry: Geometry, path: Path, metadata_blocks: int) -> None:
         self.path = path
         self.metadata_blocks = metadata_blocks
-        make_sparse(path, geometry.metadata_blocks * 4096)
+        geometry.make_metadata(path, geometry.metadata_blocks)
         self.pool = PoolMetadata.open(path, geometry.data_block_size, format_device=True)
-        self.pool.resize_data_dev(geometry.data_blocks)
-        self.pool.commit()
+        if self.pool.data_dev_size != geometry.data_blocks:
+            self.pool.resize_data_dev(geometry.data_blocks)
+            self.pool.commit()
         self.data_block_size = geometry.data_block_size
+        self.settle = geometry.settle
+        self.settled = not self.settle
         self.thins: dict[int, ThinDevice] = {}
         self.checkpoints: list[Image] = []
 
@@ -310,6 +338,13 @@ class EngineReplay:
         except NotMapped:
             pass
         thin.insert_block(block, self.pool.alloc_data_block())
+        self.changed()
+
+    def changed(self) -> None:
+        """Commit the first change of a transaction on its own, as the kernel is made to."""
+        if not self.settled:
+            self.pool.commit()
+            self.settled = True
 
     def close(self) -> None:
         """Close every device, then the pool."""
@@ -321,6 +356,8 @@ class EngineReplay:
     def apply(self, operation: Operation) -> None:
         """Execute one operation as the pool target does."""
         pool = self.pool
+        if not isinstance(operation, UNCOMMITTED):
+            self.settled = not self.settle
         match operation:
             case CreateThin(dev):
                 pool.create_thin(dev)
@@ -340,6 +377,7 @@ class EngineReplay:
                     self.write(dev, block)
             case Discard(dev, begin, end):
                 self.thins[dev].remove_range(begin, end)
+                self.changed()
             case Commit():
                 pool.commit()
             case SetTransactionId(current, new):
@@ -359,7 +397,7 @@ class EngineReplay:
             case ResizeMetadata(nr_blocks):
                 pool.commit()
                 with self.path.open("r+b") as f:
-                    f.truncate(nr_blocks * 4096)
+                    f.truncate(nr_blocks * BLOCK)
                 pool.resize_metadata_dev(nr_blocks)
                 pool.commit()
             case Reopen():

@@ -145,7 +145,7 @@ class Agent:
         self.trace = open(os.path.join(out, "trace"), "wb")  # noqa: SIM115 -- closed with the process
         self.known: dict[int, bytes] = {}
         self.superblock = b""
-        self.flushed_at = time.monotonic()
+        self.settled = True
 
     # ---- the pool
 
@@ -229,16 +229,20 @@ class Agent:
             for block in range(begin, end):
                 mark = MARK.pack(WRITTEN, seed, dev, block)
                 disk.write(block * self.block_bytes, mark + bytes(size - len(mark)))
+                if not self.settled:
+                    self._settle(disk)
 
     def flush(self, dev: int) -> None:
-        """A flush: commits, and starts the second after which the kernel would commit by itself."""
+        """A flush: commits if the device changed."""
         os.fsync(self.thins[dev].disk.fd)
-        self.flushed_at = time.monotonic()
 
     def discard(self, dev: int, begin: int, end: int) -> None:
         """One discard, of at most 4 GiB (the kernel splits larger ones)."""
         argument = struct.pack("<QQ", begin * self.block_bytes, (end - begin) * self.block_bytes)
-        fcntl.ioctl(self.thins[dev].disk.fd, BLKDISCARD, argument)
+        disk = self.thins[dev].disk
+        fcntl.ioctl(disk.fd, BLKDISCARD, argument)
+        if not self.settled:
+            self._settle(disk)
 
     def marks(self, dev: int, blocks: list[list[int]]) -> list[list[Any]]:
         """What the first sector of each block reads as: runs [kind, block, length, number, seed].
@@ -281,11 +285,26 @@ class Agent:
             self.trace.write(struct.pack("<Q", number) + block)
         self.trace.flush()
 
-    def begin_transaction(self) -> None:
+    def begin_transaction(self, settle: bool) -> None:
+        """Before the first write or discard of a transaction.
+
+        With *settle* the first change of it is committed on its own.  If a second has gone by since the last timed
+        commit or flush, the kernel would do that anyway; done always, it does not depend on the time, and then a
+        second begins in which the kernel leaves the transaction alone.
+        """
         self.superblock = bytes(self.meta.read(0, SECTOR))
+        self.settled = not settle
+
+    def _settle(self, disk: Disk) -> None:
+        # The flush is handled by the thread that also makes the timed commits, so both are over when it returns.
+        os.fsync(disk.fd)
+        superblock = bytes(self.meta.read(0, SECTOR))
+        if superblock != self.superblock:
+            self.superblock = superblock
+            self.settled = True
 
     def same_transaction(self) -> bool:
-        """Whether nothing was committed since `begin_transaction`."""
+        """Whether nothing was committed since `begin_transaction`, or since the commit that it asked for."""
         return bytes(self.meta.read(0, SECTOR)) == self.superblock
 
     def power_cut(self) -> None:

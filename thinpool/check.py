@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from persistent_data.block_reader import BlockReader
 from persistent_data.btree_walk import BTreeWalk
-from persistent_data.checksum import SUPERBLOCK_SALT, block_checksum
 from persistent_data.damage import ADVISORY, FATAL, SEVERITIES, show_range
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
-from persistent_data.node_check import BLOCKNR_MISMATCH, IO_ERROR, OUTSIDE_DEVICE
+from persistent_data.node_check import IO_ERROR, OUTSIDE_DEVICE
 from persistent_data.ref_counts import RefCounts
 from persistent_data.space_map_check import (
     BAD_COUNT,
@@ -38,9 +37,9 @@ from .layout import (
     TIME_BITS,
     TIME_MASK,
     Superblock,
-    superblock_error,
     valid_data_block_size,
 )
+from .superblock_check import BAD_CHECKSUM, superblock_fault
 from .trees import (
     DATA_SPACE_MAP,
     DETAILS_KIND,
@@ -73,7 +72,6 @@ SUPERBLOCK = "superblock"
 INCOMPATIBLE = "feature flags that the kernel refuses"
 BAD_DATA_BLOCK_SIZE = "data block size"
 BAD_SPACE_MAP_ROOT = "space map root"
-BAD_CHECKSUM = "bad checksum in superblock"
 NO_SNAPSHOT = "no current metadata snap"
 UNUSUAL_SUPERBLOCK = "unusual superblock"
 INCONSISTENT_IDS = "inconsistent device ids"
@@ -404,21 +402,15 @@ class _Check:
                 FATAL, IO_ERROR, f"{self.prefix}superblock: io error in block {location}: {error}", tree, path=path
             )
             return None
-        sb = Superblock.unpack(content)
-        wanted = block_checksum(content, SUPERBLOCK_SALT)
-        if sb.csum != wanted:
-            message = (
-                f"{self.prefix}bad checksum in superblock, {sb.csum:#010x} instead of {wanted:#010x} (block {location})"
-            )
-            self.add(FATAL, BAD_CHECKSUM, message, tree, path=path)
-            return None
-        problem = superblock_error(content, location)
-        if problem is None:
-            return sb
-        severity = FATAL if location == SUPERBLOCK_LOCATION else ADVISORY
-        rule = BLOCKNR_MISMATCH if sb.blocknr != location else "bad magic"
-        self.add(severity, rule, f"{self.prefix}{problem} (block {location})", tree, path=path)
-        return None if severity == FATAL else sb
+        fault = superblock_fault(content, location)
+        if fault is None:
+            return Superblock.unpack(content)
+        # Of the copy in a metadata snapshot the kernel looks at nothing else.
+        advisory = location != SUPERBLOCK_LOCATION and fault.rule != BAD_CHECKSUM
+        self.add(
+            ADVISORY if advisory else FATAL, fault.rule, f"{self.prefix}{fault} (block {location})", tree, path=path
+        )
+        return Superblock.unpack(content) if advisory else None
 
     def _check_superblock(self, sb: Superblock) -> None:
         """Check what the superblock says by itself."""

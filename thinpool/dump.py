@@ -1,0 +1,430 @@
+"""Pass a pool's contents to a visitor: every device with its mappings as runs, shared parts once.
+
+Mappings are streamed.  In memory are the devices, the block numbers of the internal nodes' children, and some 30 bytes
+for each leaf; never the mappings.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+from persistent_data.btree_walk import FIRST_KEY_LOW, LAST_KEY_HIGH, MAX_DEPTH, TOO_DEEP, UNEVEN_DEPTH
+from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
+from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
+
+from .errors import Corrupt
+from .ir import Device, Superblock
+from .layout import TIME_BITS, TIME_MASK
+from .pool_reader import PoolReader
+from .trees import MAPPING_KIND, MAPPING_TREE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from typing import NoReturn
+
+    import bufio.device
+
+    from .ir import Visitor
+    from .trees import DeviceEntry
+
+DATA_BLOCK_OUTSIDE = "data block outside the data device"
+MAPPED_BLOCKS = "mapped_blocks is wrong"
+
+_NEXT_BLOCK = 1 << TIME_BITS
+"""What two mappings of one run differ by: the following data block, the same time."""
+_MAX_KEY = UNBOUNDED - 1
+
+
+class Options:
+    """What to dump.
+
+    :ivar metadata_snap: the metadata snapshot in place of the pool
+    :ivar skip_mappings: devices only
+    :ivar dev_ids: devices to dump, None for all; ids that the pool has not are passed over
+    """
+
+    __slots__ = ("dev_ids", "metadata_snap", "skip_mappings")
+
+    def __init__(
+        self,
+        *,
+        metadata_snap: bool = False,
+        skip_mappings: bool = False,
+        dev_ids: Collection[int] | None = None,
+    ) -> None:
+        self.metadata_snap = metadata_snap
+        self.skip_mappings = skip_mappings
+        self.dev_ids = dev_ids
+
+
+def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None = None) -> None:
+    """Pass the pool on *device* to *visitor*.
+
+    The superblock and all internal nodes are verified before the visitor is called for the first time; leaves are
+    verified as they are read, so damage in a leaf ends a dump midway.
+
+    :raises Corrupt: at the first damage
+    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none
+    :raises OSError: the device cannot be read
+    """
+    options = options or Options()
+    pool = PoolReader(device, options.metadata_snap)
+    devices = pool.devices()
+    if options.dev_ids is not None:
+        devices = [entry for entry in devices if entry.dev_id in options.dev_ids]
+    leaves = _Leaves(pool)
+    if not options.skip_mappings:
+        for entry in devices:
+            leaves.add_device(entry)
+        leaves.cut()
+    sb = pool.superblock
+    visitor.begin_superblock(
+        Superblock(
+            time=sb.time,
+            transaction=sb.trans_id,
+            needs_check=sb.needs_check,
+            version=sb.version,
+            data_block_size=sb.data_block_size,
+            nr_data_blocks=sb.data_root.nr_blocks,
+        )
+    )
+    emitter = _Emitter(pool, leaves, visitor)
+    if not options.skip_mappings:
+        emitter.shared_parts()
+    for number, entry in enumerate(devices):
+        visitor.begin_device(
+            Device(
+                dev_id=entry.dev_id,
+                mapped_blocks=entry.mapped_blocks,
+                transaction=entry.transaction_id,
+                creation_time=entry.creation_time,
+                snap_time=entry.snapshotted_time,
+            )
+        )
+        if not options.skip_mappings:
+            emitter.device(number, entry)
+        visitor.end_device()
+    visitor.end_superblock()
+
+
+class _Leaves:
+    """The leaves of all devices to be dumped, in order of keys, and how they follow each other.
+
+    A leaf is known by its number here.  The children of an internal node just above the leaves are a *chunk*; a device
+    is a list of chunks, so that what devices share is stored once.
+    """
+
+    _CUT = 0xFFFFFFFF
+    """In place of a neighbour: there is none, or not always the same."""
+    _UNSET = 0xFFFFFFFE
+
+    def __init__(self, pool: PoolReader) -> None:
+        self._pool = pool
+        self._numbers = array("I", [0]) * pool.nr_blocks
+        self.blocks = array("I")
+        self.lowest = array("Q")
+        """Each leaf's keys may not begin below this, whichever parent it is reached by."""
+        self.highest = array("Q")
+        """Nor go beyond this."""
+        self.is_root = bytearray()
+        self._next = array("I")
+        self._previous = array("I")
+        self._occurrences = bytearray()
+        self._chunks: list[array[int]] = []
+        self._devices: list[array[int]] = []
+        self._entries: list[DeviceEntry] = []
+        self._subtrees: dict[int, tuple[int, int, int, array[int]]] = {}
+        """Of each internal node: its height, its first and last key, its chunks."""
+
+    # Gathering
+
+    def add_device(self, entry: DeviceEntry) -> None:
+        """Take the leaves of the next device.
+
+        :raises Corrupt: an internal node on the way is damaged
+        """
+        self._entry = entry
+        self._entries.append(entry)
+        path = (*entry.path, entry.root)
+        chunks = self._subtree(entry.root, None, path, 0, _MAX_KEY)
+        self._devices.append(chunks)
+
+    def _refuse(self, fault: Fault, path: tuple[int, ...], low: int, high: int) -> NoReturn:
+        self._pool.refuse(Damage(fault, path, low, high + 1), MAPPING_TREE, self._entry.dev_id)
+
+    def _read(self, block: int, is_root: bool, path: tuple[int, ...], low: int, high: int) -> Node:
+        """Read a node of which nothing is known."""
+        if not 0 < block < self._pool.nr_blocks:
+            fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {block} of {self._pool.nr_blocks}")
+            self._refuse(fault, path[:-1], low, high)
+        content = bytes(self._pool.reader.read(block))
+        node, faults = check_node(content, block, MAPPING_KIND.value_size, is_root)
+        for fault in faults:
+            if fault.severity == FATAL:
+                self._refuse(fault, path, low, high)
+        assert node is not None
+        return node
+
+    def _subtree(self, block: int, height: int | None, path: tuple[int, ...], low: int, high: int) -> array[int]:
+        """Return the chunks below *block*, whose keys must be within *low* and *high*.
+
+        *height* is the number of levels below the node; None for a root, of which it is not known yet.
+        """
+        known = self._subtrees.get(block)
+        if known is None:
+            node = self._read(block, height is None, path, low, high)
+            if node.is_leaf:
+                if height is not None:
+                    self._refuse(Fault(UNEVEN_DEPTH, "a leaf among internal nodes"), path, low, high)
+                return array("I", [self._add_chunk((block,), (low,), high, True)])
+            if height is None:
+                height = self._measure(node, path)
+            known = self._children(node, height, path, low, high)
+            self._subtrees[block] = known
+        found, first, last, chunks = known
+        if height is not None and found != height:
+            self._refuse(Fault(UNEVEN_DEPTH, f"{found} levels below it instead of {height}"), path, low, high)
+        if first < low:
+            self._refuse(Fault(FIRST_KEY_LOW, f"key {first}, where the parent says {low}"), path, low, high)
+        if last > high:
+            self._refuse(Fault(LAST_KEY_HIGH, f"key {last}, where the parent ends at {high}"), path, low, high)
+        last_leaf = self._chunks[chunks[-1]][-1]
+        self.highest[last_leaf] = min(self.highest[last_leaf], high)
+        return chunks
+
+    def _measure(self, node: Node, path: tuple[int, ...]) -> int:
+        """Return the height of an internal root: the way down to the first leaf."""
+        height = 0
+        while not node.is_leaf:
+            height += 1
+            if height == MAX_DEPTH:
+                self._refuse(Fault(TOO_DEEP, f"more than {MAX_DEPTH} levels"), path, 0, _MAX_KEY)
+            child = node.numbers()[0]
+            path = (*path, child)
+            node = self._read(child, False, path, 0, _MAX_KEY)
+        return height
+
+    def _children(
+        self, node: Node, height: int, path: tuple[int, ...], low: int, high: int
+    ) -> tuple[int, int, int, array[int]]:
+        keys = node.keys
+        children = node.numbers()
+        if height == 1:
+            for i, child in enumerate(children):
+                if not 0 < child < self._pool.nr_blocks:
+                    fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {child} of {self._pool.nr_blocks}")
+                    self._refuse(fault, path, keys[i], high)
+            chunks = array("I", [self._add_chunk(children, keys, high, False)])
+        else:
+            chunks = array("I")
+            for i, child in enumerate(children):
+                bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
+                chunks += self._subtree(child, height - 1, (*path, child), keys[i], bound)
+        return height, keys[0], keys[-1], chunks
+
+    def _add_chunk(self, leaves: tuple[int, ...], keys: tuple[int, ...], high: int, is_root: bool) -> int:
+        numbers = array("I")
+        for i, block in enumerate(leaves):
+            bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
+            number = self.number(block)
+            if number < 0:
+                number = len(self.blocks)
+                self._numbers[block] = number + 1
+                self.blocks.append(block)
+                self.lowest.append(keys[i])
+                self.highest.append(bound)
+                self.is_root.append(is_root)
+            else:
+                self.lowest[number] = max(self.lowest[number], keys[i])
+                self.highest[number] = min(self.highest[number], bound)
+                self.is_root[number] &= is_root
+            numbers.append(number)
+        self._chunks.append(numbers)
+        return len(self._chunks) - 1
+
+    # Cutting into parts that devices share
+
+    def cut(self) -> None:
+        """Find out which leaves always stand next to each other, and which occur more than once.
+
+        Neighbours a, b belong to one part if b follows every a and a precedes every b, in all devices.
+        """
+        nr_leaves = len(self.blocks)
+        self._next = array("I", [self._UNSET]) * nr_leaves
+        self._previous = array("I", [self._UNSET]) * nr_leaves
+        self._occurrences = bytearray(nr_leaves)
+        uses = array("Q", [0]) * len(self._chunks)
+        for chunks in self._devices:
+            last = self._CUT
+            for chunk in chunks:
+                uses[chunk] += 1
+                self._join(last, self._chunks[chunk][0])
+                last = self._chunks[chunk][-1]
+            self._join(last, self._CUT)
+        for chunk, nr_uses in enumerate(uses):
+            before = self._CUT
+            for leaf in self._chunks[chunk]:
+                if before != self._CUT:
+                    self._join(before, leaf)
+                before = leaf
+                self._occurrences[leaf] = min(self._occurrences[leaf] + nr_uses, 2)
+
+    def _join(self, a: int, b: int) -> None:
+        if a != self._CUT:
+            self._next[a] = b if self._next[a] in (self._UNSET, b) else self._CUT
+        if b != self._CUT:
+            self._previous[b] = a if self._previous[b] in (self._UNSET, a) else self._CUT
+
+    def number(self, block: int) -> int:
+        """Return the number of the leaf at *block*."""
+        return self._numbers[block] - 1
+
+    def is_shared(self, leaf: int) -> bool:
+        """Tell whether a leaf occurs more than once."""
+        return self._occurrences[leaf] > 1
+
+    def is_head(self, leaf: int) -> bool:
+        """Tell whether a leaf begins a part."""
+        before = self._previous[leaf]
+        return before == self._CUT or self._next[before] != leaf
+
+    def part(self, head: int) -> Iterator[int]:
+        """Yield the leaves of the part that begins with *head*."""
+        leaf = head
+        while True:
+            yield leaf
+            after = self._next[leaf]
+            if after == self._CUT or self._previous[after] != leaf:
+                return
+            leaf = after
+
+    def shared_heads(self) -> list[int]:
+        """Return the first leaves of all shared parts, ascending by metadata block."""
+        heads = [leaf for leaf in range(len(self.blocks)) if self.is_shared(leaf) and self.is_head(leaf)]
+        return sorted(heads, key=self.blocks.__getitem__)
+
+    def locate(self, leaf: int, entry: DeviceEntry | None) -> tuple[tuple[int, ...], int]:
+        """Return the way to a leaf and the id of a device it belongs to: *entry*, or the first one to have it."""
+        if entry is None:
+            entry = next(e for e, chunks in zip(self._entries, self._devices, strict=True) if self._has(chunks, leaf))
+        block = self.blocks[leaf]
+        path = (*entry.path, entry.root)
+        while path[-1] != block:
+            node = self._read(path[-1], True, path, 0, _MAX_KEY)
+            children = node.numbers()
+            if block in children or node.is_leaf:
+                path = (*path, block)
+            else:
+                path = (*path, children[max(bisect_right(node.keys, self.lowest[leaf]) - 1, 0)])
+        return path, entry.dev_id
+
+    def _has(self, chunks: array[int], leaf: int) -> bool:
+        return any(leaf in self._chunks[chunk] for chunk in chunks)
+
+    def of_device(self, number: int) -> Iterator[int]:
+        """Yield the leaves of a device, by its number in the order of :meth:`add_device`."""
+        for chunk in self._devices[number]:
+            yield from self._chunks[chunk]
+
+
+class _Emitter:
+    """Reads leaves and passes what they hold to a visitor, as runs."""
+
+    def __init__(self, pool: PoolReader, leaves: _Leaves, visitor: Visitor) -> None:
+        self._pool = pool
+        self._leaves = leaves
+        self._visitor = visitor
+        self._part_sizes: dict[int, int] = {}
+        """Mappings of each shared part, by the part's first leaf."""
+
+    def shared_parts(self) -> None:
+        """Pass on every shared part.
+
+        :raises Corrupt: a leaf is damaged
+        """
+        for head in self._leaves.shared_heads():
+            self._visitor.begin_shared(self._leaves.blocks[head])
+            self._part_sizes[head] = self._stream(self._leaves.part(head), None)
+            self._visitor.end_shared()
+
+    def device(self, number: int, entry: DeviceEntry) -> None:
+        """Pass on a device's mappings and its references to shared parts.
+
+        :raises Corrupt: a leaf is damaged, or the number of mappings is not that of the device's details
+        """
+        leaves = self._leaves
+        found = 0
+        own = array("I")
+        for leaf in leaves.of_device(number):
+            if not leaves.is_shared(leaf):
+                own.append(leaf)
+                continue
+            if own:
+                found += self._stream(iter(own), entry)
+                own = array("I")
+            if leaves.is_head(leaf):
+                found += self._part_sizes[leaf]
+                self._visitor.shared(leaves.blocks[leaf])
+        found += self._stream(iter(own), entry)
+        if found != entry.mapped_blocks:
+            message = (
+                f"Thin device {entry.dev_id} has unexpected number of mappings, "
+                f"expected {entry.mapped_blocks}, actual {found}"
+            )
+            raise Corrupt(entry.root, MAPPED_BLOCKS, message=f"{self._pool.prefix}{message} (root block {entry.root})")
+
+    def _stream(self, leaves: Iterator[int], entry: DeviceEntry | None) -> int:
+        """Pass on the mappings of consecutive leaves as runs; return their number."""
+        mapping: Callable[[int, int, int, int], None] = self._visitor.mapping
+        found = 0
+        begin = value = length = 0
+        next_key = next_value = -1
+        for block, content in self._pool.reader.read_in_order(self._leaves.blocks[leaf] for leaf in leaves):
+            node = self._check(self._leaves.number(block), block, content, entry)
+            found += len(node.keys)
+            for key, mapped in zip(node.keys, node.numbers(), strict=True):
+                if key == next_key and mapped == next_value:
+                    length += 1
+                else:
+                    if length:
+                        mapping(begin, value >> TIME_BITS, length, value & TIME_MASK)
+                    begin, value, length = key, mapped, 1
+                next_key = key + 1
+                next_value = mapped + _NEXT_BLOCK
+        if length:
+            mapping(begin, value >> TIME_BITS, length, value & TIME_MASK)
+        return found
+
+    def _check(self, leaf: int, block: int, content: bytes, entry: DeviceEntry | None) -> Node:
+        """Verify everything about a leaf, in the context of all its parents."""
+        leaves = self._leaves
+        low, high = leaves.lowest[leaf], leaves.highest[leaf]
+        is_root = bool(leaves.is_root[leaf])
+        node, faults = check_node(content, block, MAPPING_KIND.value_size, is_root)
+        faults = [fault for fault in faults if fault.severity == FATAL]
+        if node is not None and not faults:
+            if not node.is_leaf:
+                faults.append(Fault(UNEVEN_DEPTH, "an internal node among leaves"))
+            elif node.keys:
+                self._check_content(node, low, high, faults)
+            elif not is_root:
+                faults.append(Fault(EMPTY_NODE))
+        for fault in faults:
+            path, dev_id = self._leaves.locate(leaf, entry)
+            self._pool.refuse(Damage(fault, path, low, max(low, high) + 1), MAPPING_TREE, dev_id)
+        assert node is not None
+        return node
+
+    def _check_content(self, node: Node, low: int, high: int, faults: list[Fault]) -> None:
+        first, last = node.keys[0], node.keys[-1]
+        if first < low:
+            faults.append(Fault(FIRST_KEY_LOW, f"key {first}, where a parent says {low}"))
+        if last > high:
+            faults.append(Fault(LAST_KEY_HIGH, f"key {last}, where a parent ends at {high}"))
+        # The data block is the upper part of the value, so the largest value has the largest block.
+        highest = max(node.numbers()) >> TIME_BITS
+        if highest >= self._pool.nr_data_blocks:
+            detail = f"a mapping leads to data block {highest} of {self._pool.nr_data_blocks}"
+            faults.append(Fault(DATA_BLOCK_OUTSIDE, detail))

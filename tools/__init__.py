@@ -1,0 +1,1 @@
+"""The command-line tools: arguments, files and exit statuses around :mod:`thinpool`."""

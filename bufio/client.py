@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _SECTOR_BYTES = 512
 _LEAST_BUFFERS = 8
+_NO_EPOCH = -1
+_USED = 1
+"""``referenced`` of a buffer used outside any epoch."""
 _DIRTY_TO_CLEAN = 3
 """Write-back starts when there are this many times more dirty buffers than clean ones."""
 
@@ -74,9 +77,11 @@ class Client:
         self.peek: Callable[[int], Buffer | None] = self._table.get
         """Return the cached buffer of a block without a hold and without counting, or None.
 
-        For an owner that serialises all its own calls: the buffer is valid until the next call that may allocate or
-        evict (anything but ``get``, ``peek`` and ``mark_dirty``).  Saying ``buffer.referenced = True`` keeps it young.
+        For an owner that serialises all its own calls and brackets them in epochs: it must set ``buffer.referenced =
+        client.epoch`` at once, and the buffer then stays where it is, unwritten, until the epoch is over.
         """
+        self.epoch = _NO_EPOCH
+        """The owner's present epoch; counts up from 2 with each :meth:`begin_epoch`."""
         self.limit_changed()
         if cache_bytes is None:
             parameters.join(self)
@@ -108,6 +113,13 @@ class Client:
             self._threshold = self._limit - self._limit // 8
             self._trim()
 
+    def begin_epoch(self) -> None:
+        """End the validity of everything borrowed with :attr:`peek` so far; see there."""
+        self.epoch = self.epoch + 1 if self.epoch > _USED else _USED + 1
+        if self._core.nr_buffers > self._limit:
+            with self._lock:
+                self._trim()
+
     @property
     def stats(self) -> Stats:
         """What happened so far, and what is cached now."""
@@ -133,7 +145,7 @@ class Client:
             buffer = self._table.get(block)
             if buffer is not None and not buffer.reading:
                 buffer.holders.append(get_ident())
-                buffer.referenced = True
+                buffer.referenced = _USED
                 self._core.counters.hits += 1
                 return buffer
             return self._read_uncached(block)
@@ -145,7 +157,7 @@ class Client:
             if buffer is None or buffer.reading:
                 return None
             buffer.holders.append(get_ident())
-            buffer.referenced = True
+            buffer.referenced = _USED
             self._core.counters.hits += 1
             return buffer
 
@@ -213,7 +225,7 @@ class Client:
             else:
                 self._core.counters.hits += 1
             buffer.holders.append(get_ident())
-            buffer.referenced = True
+            buffer.referenced = _USED
             return buffer
 
     def _fill(self, buffer: Buffer) -> None:
@@ -269,9 +281,9 @@ class Client:
         """Release *buffer*, whose content becomes that of *new_block*.
 
         What was dirty is written to the old block first.  With no other holder the buffer itself is re-keyed and dirty:
-        nothing is written yet, and a later read of the old block reads the device.  With other holders, they keep the old
-        block, and its content is written to *new_block*.  A cached buffer of *new_block* is dropped, or waited for if it
-        is held.
+        nothing is written yet, and a later read of the old block reads the device.  With other holders, they keep the
+        old block, and its content is written to *new_block*.  A cached buffer of *new_block* is dropped, or waited for
+        if it is held.
 
         :raises OSError: the old content could not be written, or (with other holders) the new one; still held then
         """
@@ -338,7 +350,7 @@ class Client:
         buffer.block_number = new_block
         table[new_block] = buffer
         self._core.set_dirty(buffer, 0, self.block_size)
-        buffer.referenced = True
+        buffer.referenced = _USED
 
     # Writing
 
@@ -478,7 +490,7 @@ class Client:
         if core.nr_buffers < self._threshold:
             return self._create(block)
         if len(core.dirty) > _DIRTY_TO_CLEAN * len(core.clean):
-            batch = core.oldest_dirty(WRITE_BACK_BATCH)
+            batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
             if batch:
                 self._write_back(batch)
                 return None if block in self._table else self._allocate_at_limit(block)
@@ -488,18 +500,19 @@ class Client:
         core = self._core
         if self._evict_one() or core.nr_buffers < self._limit:
             return self._create(block)
-        batch = core.oldest_dirty(WRITE_BACK_BATCH)
+        batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
         if batch:
             failed = self._write_back(batch)
             if len(failed) < len(batch):
                 return None
-        if core.nr_buffers < self._limit + self._reserved_buffers:
+        if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
+            # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.
             return self._create(block)
         self._wait(self._table.values())
         return None
 
     def _evict_one(self) -> bool:
-        buffer = self._core.oldest_clean()
+        buffer = self._core.oldest_clean(self.epoch)
         if buffer is None:
             return False
         self._core.destroy(self._table, buffer)
@@ -507,8 +520,11 @@ class Client:
         return True
 
     def _trim(self) -> None:
-        while self._core.nr_buffers > self._limit and self._evict_one():
-            pass
+        while self._core.nr_buffers > self._limit:
+            if not self._evict_one():
+                batch = self._core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
+                if not batch or len(self._write_back(batch)) == len(batch):
+                    break
         self._core.changed.notify_all()
 
     def _wait(self, wanted: Iterable[Buffer]) -> None:

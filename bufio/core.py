@@ -1,14 +1,18 @@
 """The buffers themselves: where they are, who holds them, what is dirty, which goes next.
 
-:class:`Core` is the mechanism that every cache interface shares: a table of buffers for each device, an LRU list of clean
-ones and one of dirty ones, their memory, the engine and the counters.  It decides nothing about blocking or errors beyond
-"this could be evicted": that is the policy of the interface on top (:mod:`bufio.client`).
+:class:`Core` is the mechanism that every cache interface shares: a table of buffers for each device, an LRU list of
+    clean
+ones and one of dirty ones, their memory, the engine and the counters.  It decides nothing about blocking or errors
+beyond "this could be evicted": that is the policy of the interface on top (:mod:`bufio.client`).
 
 Unless a method says otherwise, its caller holds ``core.lock``.
 
 The LRU lists are dictionaries in order of use with a second chance: a hit only sets ``referenced``, and eviction, which
 goes from the oldest on, passes over a referenced buffer once.  That keeps a hit cheap, at the price of an approximate
 order.
+
+``referenced`` is a number: zero, or the value of ``client.epoch`` at the last use.  A buffer used in the present epoch
+is never evicted or written early, see :attr:`bufio.Client.peek`.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ class Buffer:
         self.dirty_end = 0
         self.reading = False
         self.writing = False
-        self.referenced = False
+        self.referenced = 0
 
     @property
     def hold_count(self) -> int:
@@ -199,23 +203,24 @@ class Core:
             del self.dirty[buffer]
             self.clean[buffer] = None
 
-    def oldest_clean(self) -> Buffer | None:
+    def oldest_clean(self, epoch: int) -> Buffer | None:
         """Return the clean buffer to evict next, None when every one is in use."""
         clean = self.clean
         for _ in range(2 * len(clean)):
             buffer = next(iter(clean))
             if not (buffer.holders or buffer.reading or buffer.writing or buffer.referenced):
                 return buffer
-            buffer.referenced = False
+            if buffer.referenced != epoch:
+                buffer.referenced = 0
             del clean[buffer]
             clean[buffer] = None
         return None
 
-    def oldest_dirty(self, count: int) -> list[Buffer]:
+    def oldest_dirty(self, count: int, epoch: int) -> list[Buffer]:
         """Return up to *count* unheld dirty buffers, least recently dirtied first."""
         chosen = []
         for buffer in self.dirty:
-            if not (buffer.holders or buffer.writing):
+            if not (buffer.holders or buffer.writing or buffer.referenced == epoch):
                 chosen.append(buffer)
                 if len(chosen) == count:
                     break

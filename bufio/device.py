@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     WritableBuffer = bytearray | memoryview
     PathLike = str | os.PathLike[str]
 
+    class SupportsFileno(Protocol):
+        """An open file, as far as a device needs one."""
+
+        def fileno(self) -> int:
+            """Return the file descriptor."""
+
+
 _BLKGETSIZE64 = 0x80081272
 _BLKDISCARD = 0x1277
 _FALLOC_FL_KEEP_SIZE = 1
@@ -80,9 +87,7 @@ class FileDevice:
         has it
     """
 
-    def __init__(
-        self, path: PathLike, read_only: bool = False, direct: bool = False, exclusive: bool = False
-    ) -> None:
+    def __init__(self, path: PathLike, read_only: bool = False, direct: bool = False, exclusive: bool = False) -> None:
         self.path = os.fspath(path)
         self.direct = direct
         self._read_only = read_only
@@ -104,6 +109,26 @@ class FileDevice:
                 if error.errno == errno.EWOULDBLOCK:
                     raise OSError(errno.EBUSY, "locked by another process", self.path) from None
                 raise
+
+    @classmethod
+    def of_open_file(cls, file: SupportsFileno) -> Self:
+        """Make a device of a file that is open already, with the rights it was opened with.
+
+        *file* has ``fileno()``; the device has a descriptor of its own, and closing one leaves the other open.
+        """
+        fd = file.fileno()
+        mode = os.fstat(fd).st_mode
+        name = str(getattr(file, "name", fd))
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.EINVAL, "Not a block device or regular file", name)
+        self = cls.__new__(cls)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        self.path = name
+        self.direct = bool(flags & os.O_DIRECT)
+        self._read_only = flags & os.O_ACCMODE == os.O_RDONLY
+        self._is_block_device = stat.S_ISBLK(mode)
+        self._fd = os.dup(fd)
+        return self
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """What the cache raises besides plain ``OSError`` from the device.
 
-*A mistake of the caller* is a :class:`HoldError`; *a wait that cannot end* is a :class:`WouldDeadlock`.  An I/O error is
-the ``OSError`` that the device gave, with the device and the place in its message.
+*A mistake of the caller* is a :class:`HoldError`; *a wait that cannot end* is a :class:`WouldDeadlock`.  An I/O error
+is the ``OSError`` that the device gave, with the device and the place in its message.
 """
 
 from __future__ import annotations

@@ -47,6 +47,10 @@ class NoFreeBlock(MetadataError):
         super().__init__(errno.ENOSPC, message)
 
 
+class NoFreeMetadataBlock(NoFreeBlock):
+    """It was the metadata space map: whatever was being changed is left half done."""
+
+
 class ReadOnlyMetadata(MetadataError):
     """The block manager is in read-only mode."""
 

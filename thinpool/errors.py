@@ -9,6 +9,10 @@ plain :class:`ThinError` for an I/O error.  Source: docs/design.md, "Errors".
 from __future__ import annotations
 
 import errno
+import os
+
+from persistent_data.errors import CorruptMetadata, NoFreeBlock, ReadOnlyMetadata
+from persistent_data.errors import WouldBlock as BlockNotCached
 
 
 class ThinError(OSError):
@@ -89,3 +93,21 @@ class Corrupt(ThinError):
         self.rule = rule
         place = "metadata" if block is None else f"metadata block {block}"
         super().__init__(number, message or f"{place}: {rule}")
+
+
+def from_below(error: OSError) -> ThinError:
+    """Return what the pool raises for an error of the layers below."""
+    if isinstance(error, ThinError):
+        return error
+    message = error.strerror or str(error)
+    if isinstance(error, CorruptMetadata):
+        return Corrupt(error.block, error.rule, number=error.errno or errno.EILSEQ, message=message)
+    if isinstance(error, NoFreeBlock):
+        return OutOfSpace(message)
+    if isinstance(error, ReadOnlyMetadata):
+        return ReadOnly(message)
+    if isinstance(error, BlockNotCached):
+        return WouldBlock(message)
+    if error.filename is not None:
+        message = f"{os.fsdecode(error.filename)}: {message}"
+    return ThinError(error.errno or errno.EIO, message)

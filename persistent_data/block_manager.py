@@ -1,0 +1,353 @@
+"""Metadata blocks behind a cache: what kind each one is, who may touch it, and when it goes to disk.
+
+Two ways lead to a block:
+
+* *Locks*, for code that builds other structures on the same blocks: many readers or one writer, held until unlocked.
+* *Borrowing*, for the structures of this package: no lock and no hold, valid until the owner calls
+  :meth:`BlockManager.begin_operation`.  The owner serialises its operations, so nothing else runs meanwhile, and the
+  cache leaves alone what the present operation has borrowed.
+
+Either way a block is checked when it is first read, by the validator of the kind it is expected to be, and remembers
+that kind; asking for it as another kind later is damage.  Just before a block is written, its own number and its
+checksum are put in.  Source: docs/format.md, "Checksums"; docs/design.md, "Block manager".
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+from bufio import Client
+from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, kind_of
+from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataError, ReadOnlyMetadata, WouldBlock
+from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR_OFFSET
+
+if TYPE_CHECKING:
+    from bufio import Buffer, Device
+
+_ZEROES = bytes(BLOCK_SIZE)
+
+
+class View:
+    """The content of one cached block, as a certain kind of block.
+
+    ``data`` is the block's 4096 bytes, writable; subclasses add what their kind of block is made of.  A view lives as
+    long as its block stays cached, and follows its content to another block number when that is moved.
+    """
+
+    __slots__ = ("buffer", "data", "lock_count", "validator")
+
+    def __init__(self, buffer: Buffer, validator: Validator) -> None:
+        self.buffer = buffer
+        self.data = buffer.data
+        self.validator = validator
+        self.lock_count = 0
+        """Readers that have it locked, or -1 for a writer."""
+
+    @property
+    def block(self) -> int:
+        """Number of the metadata block that this content is, or will be, written to."""
+        return self.buffer.block_number
+
+    def reload(self) -> None:
+        """Take notice that the bytes were replaced as a whole."""
+
+
+class Validator:
+    """One kind of block: its name, its checksum's salt, the class of its views."""
+
+    def __init__(self, name: str, salt: int, view: type[View] = View) -> None:
+        self.name = name
+        self.salt = salt
+        self.view = view
+
+    def check(self, data: memoryview, block: int) -> None:
+        """Accept the bytes read from *block* as this kind.
+
+        :raises CorruptMetadata: ENOTBLK for another block's number, EILSEQ for everything else
+        """
+        csum, _, blocknr = BLOCK_HEADER.unpack_from(data)
+        wanted = block_checksum(data, self.salt)
+        if blocknr != block:
+            kind = kind_of(data)
+            found = "nothing that was ever written" if kind is None else f"a {kind} that belongs to block {blocknr}"
+            raise CorruptMetadata(block, f"expected a {self.name}, found {found}", number=errno.ENOTBLK)
+        if csum != wanted:
+            kind = kind_of(data)
+            if kind is not None:
+                raise CorruptMetadata(block, f"expected a {self.name}, found a {kind}")
+            raise CorruptMetadata(block, f"bad checksum in {self.name}: {csum:#010x} instead of {wanted:#010x}")
+        self.check_content(data, block)
+
+    def check_content(self, data: memoryview, block: int) -> None:
+        """Check what this kind of block has beside its header; a hook for subclasses."""
+
+    def prepare(self, data: memoryview, block: int) -> None:
+        """Complete the bytes that are about to be written to *block*: its number, then the checksum."""
+        data[BLOCKNR_OFFSET : BLOCKNR_OFFSET + 8] = block.to_bytes(8, "little")
+        data[:4] = block_checksum(data, self.salt).to_bytes(4, "little")
+
+
+BITMAP = Validator("space map bitmap", BITMAP_SALT)
+METADATA_INDEX = Validator("metadata index block", INDEX_SALT)
+
+
+def _prepare_for_write(buffer: Buffer) -> None:
+    view: View = buffer.aux
+    view.validator.prepare(view.data, buffer.block_number)
+
+
+class BlockManager:
+    """The blocks of a metadata device.
+
+    :param device: where they are; it stays the caller's to close
+    :param cache_bytes: memory for cached blocks; by default a share of ``bufio.parameters.max_cache_size_bytes``
+    :param read_only: begin in read-only mode
+    """
+
+    def __init__(self, device: Device, *, cache_bytes: int | None = None, read_only: bool = False) -> None:
+        self.device = device
+        self.client = Client(
+            device, BLOCK_SIZE, reserved_buffers=16, write_callback=_prepare_for_write, cache_bytes=cache_bytes
+        )
+        self.client.begin_epoch()
+        self.peek = self.client.peek
+        self.read_only = read_only
+        self._unlocked = threading.Condition()
+
+    @property
+    def nr_blocks(self) -> int:
+        """Metadata blocks on the device, at this moment."""
+        return self.client.device_size
+
+    # Borrowing
+
+    def begin_operation(self) -> None:
+        """Give up everything borrowed so far."""
+        self.client.begin_epoch()
+
+    def borrow(self, block: int, validator: Validator) -> View:
+        """Return the view of *block*, reading and checking it if need be.
+
+        :raises CorruptMetadata: it is not of that kind (EINVAL if it is known to be of another), or out of range
+        :raises OSError: the device cannot read it
+        """
+        buffer = self.peek(block)
+        if buffer is None:
+            self._check_range(block)
+            buffer = self.client.read(block)
+            buffer.release()
+        buffer.referenced = self.client.epoch
+        view: View | None = buffer.aux
+        if view is None:
+            return self._validate(buffer, validator)
+        if view.validator is not validator:
+            raise self._kind_mismatch(view, validator)
+        return view
+
+    def borrow_cached(self, block: int, validator: Validator) -> View | None:
+        """Return the view of *block* if no I/O is needed for it, else None."""
+        return None if self.peek(block) is None else self.borrow(block, validator)
+
+    def borrow_for_write(self, block: int, validator: Validator) -> View:
+        """Return the view of *block* and mark it dirty.
+
+        :raises ReadOnlyMetadata: in read-only mode; further as :meth:`borrow`
+        """
+        self.require_writable(block)
+        view = self.borrow(block, validator)
+        view.buffer.mark_dirty()
+        return view
+
+    def borrow_zeroed(self, block: int, validator: Validator) -> View:
+        """Return a zeroed, dirty view of *block*, whatever it was before, without reading it.
+
+        :raises ReadOnlyMetadata: in read-only mode
+        """
+        self.require_writable(block)
+        self._check_range(block)
+        buffer = self.client.new(block)
+        buffer.referenced = self.client.epoch
+        buffer.data[:] = _ZEROES
+        buffer.mark_dirty()
+        view = buffer.aux = validator.view(buffer, validator)
+        buffer.release()
+        return view
+
+    def borrow_copy(self, source: View, block: int) -> View:
+        """Return a dirty view of *block* with the bytes of *source*, which stays what it is.
+
+        :raises ReadOnlyMetadata: in read-only mode
+        """
+        self.require_writable(block)
+        self._check_range(block)
+        buffer = self.client.new(block)
+        buffer.referenced = self.client.epoch
+        buffer.data[:] = source.data
+        buffer.mark_dirty()
+        view = buffer.aux = source.validator.view(buffer, source.validator)
+        buffer.release()
+        return view
+
+    def move(self, view: View, block: int) -> None:
+        """Make the content of *view* that of *block*, dirty; the old block keeps what it has on the device.
+
+        This is bufio's ``release_move``: no copy is made.
+
+        :raises ReadOnlyMetadata: in read-only mode
+        """
+        self.require_writable(block)
+        self.client.move(view.buffer, block)
+        view.buffer.referenced = self.client.epoch
+
+    # Locks
+
+    def read_lock(self, block: int, validator: Validator) -> View:
+        """Lock *block* for reading; waits for a writer.  Give it back with :meth:`unlock`.
+
+        :raises InvalidArgument: this thread has it locked for writing
+        :raises CorruptMetadata: see :meth:`borrow`
+        """
+        view = self._hold(block, validator)
+        return self._lock(view, exclusive=False, wait=True)
+
+    def try_read_lock(self, block: int, validator: Validator) -> View:
+        """As :meth:`read_lock`, but never reads and never waits.
+
+        :raises WouldBlock: the block is not cached, or locked for writing
+        """
+        if self.peek(block) is None:
+            raise WouldBlock(f"metadata block {block} is not cached")
+        return self._lock(self._hold(block, validator), exclusive=False, wait=False)
+
+    def write_lock(self, block: int, validator: Validator) -> View:
+        """Lock *block* for changing it; it is dirty from the unlock on.  Waits for readers and a writer.
+
+        :raises ReadOnlyMetadata: in read-only mode
+        :raises InvalidArgument: this thread has it locked already
+        """
+        self.require_writable(block)
+        return self._lock(self._hold(block, validator), exclusive=True, wait=True)
+
+    def write_lock_zero(self, block: int, validator: Validator) -> View:
+        """As :meth:`write_lock`, zeroed and without reading; the only way to change a block's kind."""
+        self.require_writable(block)
+        self._check_range(block)
+        buffer = self.client.new(block)
+        view: View = buffer.aux
+        if view is None:
+            view = buffer.aux = validator.view(buffer, validator)
+        self._lock(view, exclusive=True, wait=True)
+        buffer.data[:] = _ZEROES
+        if view.validator is not validator:
+            view = buffer.aux = validator.view(buffer, validator)
+            view.lock_count = -1
+        view.reload()
+        return view
+
+    def unlock(self, view: View) -> None:
+        """Give a lock back.
+
+        :raises InvalidArgument: it is not locked
+        """
+        with self._unlocked:
+            if view.lock_count == 0:
+                raise InvalidArgument(f"metadata block {view.block} is not locked")
+            if view.lock_count < 0:
+                view.buffer.mark_dirty()
+                view.lock_count = 0
+            else:
+                view.lock_count -= 1
+            self._unlocked.notify_all()
+        view.buffer.release()
+
+    def _hold(self, block: int, validator: Validator) -> View:
+        self._check_range(block)
+        buffer = self.client.read(block)
+        view: View | None = buffer.aux
+        try:
+            if view is None:
+                return self._validate(buffer, validator)
+            if view.validator is not validator:
+                raise self._kind_mismatch(view, validator)
+        except BaseException:
+            buffer.release()
+            raise
+        return view
+
+    def _lock(self, view: View, *, exclusive: bool, wait: bool) -> View:
+        me = threading.get_ident()
+        with self._unlocked:
+            while view.lock_count < 0 or (exclusive and view.lock_count):
+                mine = view.buffer.holders.count(me) > 1
+                if not wait or mine:
+                    view.buffer.release()
+                    if mine:
+                        raise InvalidArgument(f"metadata block {view.block} is already locked by this thread")
+                    raise WouldBlock(f"metadata block {view.block} is locked for writing")
+                self._unlocked.wait()
+            view.lock_count = -1 if exclusive else view.lock_count + 1
+        return view
+
+    # Everything at once
+
+    def prefetch(self, block: int, count: int = 1) -> None:
+        """Read blocks ahead."""
+        self.client.prefetch(block, count)
+
+    def flush(self) -> None:
+        """Put every dirty block on the device and make it durable.
+
+        :raises ReadOnlyMetadata: in read-only mode
+        :raises OSError: a write since the last flush failed, or the flush itself
+        """
+        if self.read_only:
+            raise ReadOnlyMetadata("metadata is read-only: nothing can be flushed")
+        self.client.write_dirty_buffers()
+
+    def is_all_zeroes(self, block: int) -> bool:
+        """Tell whether every byte of *block* is zero; says and remembers nothing about its kind."""
+        self._check_range(block)
+        buffer = self.client.read(block)
+        try:
+            return buffer.data == _ZEROES
+        finally:
+            buffer.release()
+
+    def reset(self) -> None:
+        """Forget every cached block, dirty or not: what is on the device is what counts."""
+        self.client.reset()
+
+    def close(self, *, write: bool = True) -> None:
+        """Free the cache, after writing what is dirty unless *write* is false.  The device stays open.
+
+        :raises bufio.HoldError: blocks are still locked
+        :raises OSError: something could not be written
+        """
+        if write:
+            self.client.close()
+        else:
+            self.client.discard_all()
+
+    # Checks
+
+    def _check_range(self, block: int) -> None:
+        nr_blocks = self.client.device_size
+        if not 0 <= block < nr_blocks:
+            raise CorruptMetadata(block, f"beyond the end of the device ({nr_blocks} blocks)", number=errno.EIO)
+
+    def require_writable(self, block: int) -> None:
+        """:raises ReadOnlyMetadata: in read-only mode"""
+        if self.read_only:
+            raise ReadOnlyMetadata(f"metadata is read-only: block {block} cannot be changed")
+
+    def _validate(self, buffer: Buffer, validator: Validator) -> View:
+        validator.check(buffer.data, buffer.block_number)
+        view = buffer.aux = validator.view(buffer, validator)
+        return view
+
+    def _kind_mismatch(self, view: View, validator: Validator) -> MetadataError:
+        return CorruptMetadata(
+            view.block, f"expected a {validator.name}, found a {view.validator.name}", number=errno.EINVAL
+        )

@@ -1,0 +1,186 @@
+"""Copy on write: which block to change in place, which to copy, and what a copy does to reference counts.
+
+A transaction never writes to a block that the last commit refers to.  ``shadow_block`` gives a version of a block that
+may be changed: the block itself if this transaction made it and nobody else refers to it, else a new block with its
+content.  The old version of a block without other references is not needed in memory any more, so its buffer is *moved*
+to the new block (bufio's ``release_move``); only a shared block is copied.
+
+Source: docs/design.md, "Transactions"; the order of allocations is the kernel's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from persistent_data.btree_node import Node, format_node
+from persistent_data.errors import WouldBlock
+from persistent_data.space_map import runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from persistent_data.block_manager import BlockManager, Validator, View
+    from persistent_data.space_map_metadata import MetadataSpaceMap
+
+MAX_PREFETCHES = 128
+
+
+class TransactionManager:
+    """One transaction after the other on the blocks of *bm*, counted by *sm*."""
+
+    def __init__(self, bm: BlockManager, sm: MetadataSpaceMap) -> None:
+        self.bm = bm
+        self.sm = sm
+        self._peek = bm.peek
+        self._client = bm.client
+        self._shadows: set[int] = set()
+        """Blocks allocated since the last commit."""
+        self.exclusive: set[int] = set()
+        """Those of them that are known to have one reference: they are changed in place.
+
+        Whoever adds a reference to a metadata block does so through this class, which takes it out of here.
+        """
+
+    # Blocks
+
+    def new_block(self, validator: Validator) -> View:
+        """Allocate a block, zeroed, with one reference.
+
+        :raises NoFreeBlock: metadata space is exhausted
+        """
+        block = self.sm.new_block()
+        view = self.bm.borrow_zeroed(block, validator)
+        self._shadows.add(block)
+        self.exclusive.add(block)
+        return view
+
+    def new_node(self, validator: Validator, flags: int, value_size: int) -> Node:
+        """Allocate a block and make it an empty btree node."""
+        return format_node(self.new_block(validator), flags, value_size)
+
+    def shadow_block(self, block: int, validator: Validator) -> tuple[View, bool]:
+        """Return a version of *block* that may be changed, and whether *block* was shared.
+
+        If it was, the version is a copy, and the caller adds a reference to everything that the block refers to.  The
+        caller also replaces the reference to *block* by one to the version; its count was taken down already.
+        """
+        if block in self.exclusive:
+            buffer = self._peek(block)
+            if buffer is not None and buffer.aux is not None:
+                view: View = buffer.aux
+                if view.validator is validator:
+                    buffer.referenced = self._client.epoch
+                    if not buffer.dirty:
+                        self._client.mark_dirty(buffer)
+                    return view, False
+        self.bm.require_writable(block)
+        view = self.bm.borrow(block, validator)
+        new = self.sm.replace(block) if block not in self._shadows else None
+        if new is not None:
+            self.bm.move(view, new)
+            self._shadows.add(new)
+            self.exclusive.add(new)
+            return view, False
+        shared = self.sm.more_than_one(block)
+        if block in self._shadows and not shared:
+            self.exclusive.add(block)
+            return self.bm.borrow_for_write(block, validator), False
+        new = self.sm.new_block()
+        self.sm.dec(block, block + 1)
+        if shared:
+            view = self.bm.borrow_copy(view, new)
+        else:
+            self.bm.move(view, new)
+        self._shadows.add(new)
+        self.exclusive.add(new)
+        return view, shared
+
+    def read_block(self, block: int, validator: Validator) -> View:
+        """Return *block* for reading: borrowed, see :class:`~persistent_data.block_manager.BlockManager`."""
+        return self.bm.borrow(block, validator)
+
+    # Reference counts
+
+    def inc(self, block: int) -> None:
+        """Add a reference to one metadata block."""
+        self.exclusive.discard(block)
+        self.sm.inc(block, block + 1)
+
+    def dec(self, block: int) -> None:
+        """Take a reference from one metadata block."""
+        self.sm.dec(block, block + 1)
+
+    def inc_range(self, begin: int, end: int) -> None:
+        """Add a reference to each block of ``[begin, end)``."""
+        self.exclusive.difference_update(range(begin, end))
+        self.sm.inc(begin, end)
+
+    def dec_range(self, begin: int, end: int) -> None:
+        """Take a reference from each block of ``[begin, end)``."""
+        self.sm.dec(begin, end)
+
+    def inc_blocks(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each of *blocks*, neighbours in the list at once."""
+        for begin, end in runs(blocks):
+            self.inc_range(begin, end)
+
+    def dec_blocks(self, blocks: Iterable[int]) -> None:
+        """Take a reference from each of *blocks*, neighbours in the list at once."""
+        for begin, end in runs(blocks):
+            self.dec_range(begin, end)
+
+    def ref(self, block: int) -> int:
+        """Return the number of references to a metadata block."""
+        return self.sm.get_count(block)
+
+    def block_is_shared(self, block: int) -> bool:
+        """Tell whether a metadata block has more than one reference."""
+        return self.sm.more_than_one(block)
+
+    # Transactions
+
+    def forget_exclusive(self) -> None:
+        """Look at every block's count again before it is changed in place: the block manager's mode has changed."""
+        self.exclusive.clear()
+
+    def pre_commit(self) -> None:
+        """First phase of a commit: write the space map, and put everything but the superblock on the device."""
+        self.sm.commit()
+        self.bm.flush()
+
+    def commit(self, superblock: View) -> None:
+        """Second phase: put the superblock (dirty, the only block that is) on the device.  The transaction is over."""
+        self._shadows.clear()
+        self.exclusive.clear()
+        superblock.buffer.mark_dirty()
+        self.bm.flush()
+
+    def non_blocking_clone(self) -> NonBlockingTransactionManager:
+        """Return a manager for reading without any I/O."""
+        return NonBlockingTransactionManager(self.bm)
+
+
+class NonBlockingTransactionManager:
+    """Reads what is cached, and remembers what was not.  Changing anything through it is impossible."""
+
+    def __init__(self, bm: BlockManager) -> None:
+        self.bm = bm
+        self._wanted: dict[int, int] = {}
+
+    def read_block(self, block: int, validator: Validator) -> View:
+        """Return *block* for reading if it is cached.
+
+        :raises WouldBlock: it is not; :meth:`issue_prefetches` will read it
+        """
+        view = self.bm.borrow_cached(block, validator)
+        if view is None:
+            # As many as the kernel remembers, and as there: of blocks with the same slot the first one wins.
+            self._wanted.setdefault(block % MAX_PREFETCHES, block)
+            raise WouldBlock(f"metadata block {block} is not cached")
+        return view
+
+    def issue_prefetches(self) -> None:
+        """Read the blocks that were wanted into the cache.  What cannot be read shows when it is read again."""
+        for block in sorted(self._wanted.values()):
+            self.bm.prefetch(block)
+        self._wanted.clear()

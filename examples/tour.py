@@ -71,7 +71,7 @@ def tour(path: Path, origin: int) -> None:
     list_pool(path)
 
     with PoolMetadata.open(path) as pool:
-        snapshot = max(pool.devices()) + 1
+        snapshot = max(pool.devices(), default=-1) + 1
         free, free_metadata = pool.free_block_count, pool.free_metadata_block_count
 
         print(f"Take a snapshot of device {origin}: device {snapshot}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mmap import mmap
 from typing import TYPE_CHECKING
 
-from .layout import BLOCK_SIZE
+from persistent_data.layout import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -11,15 +11,15 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from .damage import FATAL, NON_FATAL, UNBOUNDED, Damage, Fault
-from .node_check import EMPTY_NODE, IO_ERROR, OUTSIDE_DEVICE, TOO_FEW_ENTRIES, Node, check_node
+from persistent_data.damage import FATAL, NON_FATAL, UNBOUNDED, Damage, Fault
+from persistent_data.node_check import EMPTY_NODE, IO_ERROR, OUTSIDE_DEVICE, TOO_FEW_ENTRIES, Node, check_node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
-    from .block_reader import BlockReader
-    from .ref_counts import RefCounts
+    from persistent_data.block_reader import BlockReader
+    from persistent_data.ref_counts import RefCounts
 
     class Visitor(Protocol):
         """What a walk tells its user about the leaves."""

@@ -9,9 +9,9 @@ from operator import lt
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from .checksum import BTREE_NODE_SALT, block_checksum, kind_of
-from .damage import ADVISORY, NON_FATAL, Fault
-from .layout import BLOCK_SIZE, INTERNAL_NODE, KEY_SIZE, LEAF_NODE, NODE_HEADER, NODE_HEADER_SIZE
+from persistent_data.checksum import BTREE_NODE_SALT, block_checksum, kind_of
+from persistent_data.damage import ADVISORY, NON_FATAL, Fault
+from persistent_data.layout import BLOCK_SIZE, INTERNAL_NODE, KEY_SIZE, LEAF_NODE, NODE_HEADER, NODE_HEADER_SIZE
 
 if TYPE_CHECKING:
     from bufio.device import ReadableBuffer

@@ -10,10 +10,10 @@ from array import array
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from .btree_walk import TreeKind
-from .checksum import BITMAP_SALT, INDEX_SALT, block_checksum, kind_of
-from .damage import ADVISORY, FATAL, NON_FATAL, Damage, Fault
-from .layout import (
+from persistent_data.btree_walk import TreeKind
+from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, kind_of
+from persistent_data.damage import ADVISORY, FATAL, NON_FATAL, Damage, Fault
+from persistent_data.layout import (
     BITMAP_HEADER_SIZE,
     BLOCK_HEADER,
     CODE_TO_COUNT,
@@ -26,18 +26,17 @@ from .layout import (
     OVERFLOW_COUNT,
     REF_COUNT_VALUE,
 )
-from .node_check import BLOCKNR_MISMATCH, CHECKSUM_ERROR, IO_ERROR, OUTSIDE_DEVICE
+from persistent_data.node_check import BLOCKNR_MISMATCH, CHECKSUM_ERROR, IO_ERROR, OUTSIDE_DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from bufio.device import ReadableBuffer
-
-    from .block_reader import BlockReader
-    from .btree_walk import BTreeWalk
-    from .damage import Severity
-    from .node_check import Node
-    from .ref_counts import RefCounts
+    from persistent_data.block_reader import BlockReader
+    from persistent_data.btree_walk import BTreeWalk
+    from persistent_data.damage import Severity
+    from persistent_data.node_check import Node
+    from persistent_data.ref_counts import RefCounts
 
     Report = Callable[[Damage], None]
 

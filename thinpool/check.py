@@ -27,8 +27,7 @@ from persistent_data.space_map_check import (
     read_index_tree,
     read_overflow,
 )
-
-from .layout import (
+from thinpool.layout import (
     MAX_DEVICE_ID,
     METADATA_BLOCK_SECTORS,
     NEEDS_CHECK_FLAG,
@@ -39,8 +38,8 @@ from .layout import (
     Superblock,
     valid_data_block_size,
 )
-from .superblock_check import BAD_CHECKSUM, superblock_fault
-from .trees import (
+from thinpool.superblock_check import BAD_CHECKSUM, superblock_fault
+from thinpool.trees import (
     DATA_SPACE_MAP,
     DETAILS_KIND,
     DETAILS_TREE,
@@ -64,8 +63,7 @@ if TYPE_CHECKING:
     from persistent_data.damage import Damage, Severity
     from persistent_data.node_check import Node
     from persistent_data.space_map_check import CountError
-
-    from .layout import SpaceMapRoot
+    from thinpool.layout import SpaceMapRoot
 
 SUPERBLOCK = "superblock"
 

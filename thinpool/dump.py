@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING
 from persistent_data.btree_walk import FIRST_KEY_LOW, LAST_KEY_HIGH, MAX_DEPTH, TOO_DEEP, UNEVEN_DEPTH
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
-
-from .errors import Corrupt
-from .ir import Device, Superblock
-from .layout import TIME_BITS, TIME_MASK
-from .pool_reader import PoolReader
-from .trees import MAPPING_KIND, MAPPING_TREE
+from thinpool.errors import Corrupt
+from thinpool.ir import Device, Superblock
+from thinpool.layout import TIME_BITS, TIME_MASK
+from thinpool.pool_reader import PoolReader
+from thinpool.trees import MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from typing import NoReturn
 
     import bufio.device
-
-    from .ir import Visitor
-    from .trees import DeviceEntry
+    from thinpool.ir import Visitor
+    from thinpool.trees import DeviceEntry
 
 DATA_BLOCK_OUTSIDE = "data block outside the data device"
 MAPPED_BLOCKS = "mapped_blocks is wrong"

@@ -12,20 +12,18 @@ from persistent_data.btree_walk import NoVisitor
 from persistent_data.damage import FATAL, Damage, Fault
 from persistent_data.node_check import check_node
 from persistent_data.ref_counts import RefCounts
-
-from .dump import DATA_BLOCK_OUTSIDE
-from .errors import Corrupt
-from .layout import TIME_BITS
-from .pool_reader import PoolReader
-from .trees import MAPPING_KIND, MAPPING_TREE
+from thinpool.dump import DATA_BLOCK_OUTSIDE
+from thinpool.errors import Corrupt
+from thinpool.layout import TIME_BITS
+from thinpool.pool_reader import PoolReader
+from thinpool.trees import MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from bufio.device import Device
     from persistent_data.node_check import Node
-
-    from .trees import DeviceEntry
+    from thinpool.trees import DeviceEntry
 
 _SECTOR_SIZE = 512
 _MAX_SHOWN = 8192

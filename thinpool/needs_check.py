@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from persistent_data.block_reader import BlockReader
 from persistent_data.checksum import SUPERBLOCK_SALT, block_checksum
-
-from .errors import Corrupt
-from .layout import NEEDS_CHECK_FLAG, SUPERBLOCK_LOCATION, Superblock
-from .superblock_check import superblock_fault
+from thinpool.errors import Corrupt
+from thinpool.layout import NEEDS_CHECK_FLAG, SUPERBLOCK_LOCATION, Superblock
+from thinpool.superblock_check import superblock_fault
 
 if TYPE_CHECKING:
     from bufio.device import Device

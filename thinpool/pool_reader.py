@@ -10,11 +10,10 @@ from persistent_data.btree_walk import BTreeWalk
 from persistent_data.damage import FATAL
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
 from persistent_data.ref_counts import RefCounts
-
-from .errors import Corrupt, ThinError
-from .layout import SUPERBLOCK_LOCATION, Superblock
-from .superblock_check import superblock_fault
-from .trees import (
+from thinpool.errors import Corrupt, ThinError
+from thinpool.layout import SUPERBLOCK_LOCATION, Superblock
+from thinpool.superblock_check import superblock_fault
+from thinpool.trees import (
     DETAILS_KIND,
     DETAILS_TREE,
     SNAP_PREFIX,
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
     from bufio.device import Device
     from persistent_data.damage import Damage
-
-    from .trees import DeviceEntry
+    from thinpool.trees import DeviceEntry
 
 
 class PoolReader:

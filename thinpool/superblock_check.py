@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from persistent_data.checksum import SUPERBLOCK_SALT, block_checksum
 from persistent_data.damage import Fault
 from persistent_data.node_check import BLOCKNR_MISMATCH
-
-from .layout import SUPERBLOCK_MAGIC, Superblock
+from thinpool.layout import SUPERBLOCK_MAGIC, Superblock
 
 if TYPE_CHECKING:
     from bufio.device import ReadableBuffer

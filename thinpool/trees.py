@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from persistent_data.btree_walk import NoVisitor, TreeKind
 from persistent_data.damage import UNBOUNDED, show_range
-
-from .layout import DEVICE_DETAILS
+from thinpool.layout import DEVICE_DETAILS
 
 if TYPE_CHECKING:
     from persistent_data.damage import Damage

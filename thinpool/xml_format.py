@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .ir import Device, Superblock
+    from thinpool.ir import Device, Superblock
 
 _BUFFERED_LINES = 1024
 

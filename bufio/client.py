@@ -25,6 +25,7 @@ _LEAST_BUFFERS = 8
 _NO_EPOCH = -1
 _USED = 1
 """``referenced`` of a buffer used outside any epoch."""
+FIRST_EPOCH = 2
 _DIRTY_TO_CLEAN = 3
 """Write-back starts when there are this many times more dirty buffers than clean ones."""
 
@@ -81,7 +82,7 @@ class Client:
         client.epoch`` at once, and the buffer then stays where it is, unwritten, until the epoch is over.
         """
         self.epoch = _NO_EPOCH
-        """The owner's present epoch; counts up from 2 with each :meth:`begin_epoch`."""
+        """The owner's present epoch, a number above 1 that the owner counts up; -1 when there is no such owner."""
         self.limit_changed()
         if cache_bytes is None:
             parameters.join(self)
@@ -112,13 +113,6 @@ class Client:
             self._limit = max(share // self._core.buffer_bytes, self._minimum_buffers, _LEAST_BUFFERS)
             self._threshold = self._limit - self._limit // 8
             self._trim()
-
-    def begin_epoch(self) -> None:
-        """End the validity of everything borrowed with :attr:`peek` so far; see there."""
-        self.epoch = self.epoch + 1 if self.epoch > _USED else _USED + 1
-        if self._core.nr_buffers > self._limit:
-            with self._lock:
-                self._trim()
 
     @property
     def stats(self) -> Stats:
@@ -318,9 +312,20 @@ class Client:
                 raise HoldError(f"block {buffer.block_number} is held and cannot be moved away")
             if buffer.dirty or buffer.writing:
                 self._settle(buffer)
-            if new_block in self._table:
+            table = self._table
+            if new_block in table:
                 self._clear_target(buffer, new_block)
-            self._rekey(buffer, new_block)
+            # As _rekey; written out because this is done for every block that a transaction changes.
+            del table[buffer.block_number]
+            buffer.block_number = new_block
+            table[new_block] = buffer
+            core = self._core
+            del core.clean[buffer]
+            core.dirty[buffer] = None
+            buffer.dirty = True
+            buffer.dirty_start = 0
+            buffer.dirty_end = self.block_size
+            buffer.referenced = self.epoch
 
     def _settle(self, buffer: Buffer) -> None:
         """Write what is dirty of *buffer* to where it is now."""
@@ -368,7 +373,7 @@ class Client:
         with self._lock:
             batch = list(self._core.dirty)
             self._write_back(batch)
-            while any(buffer.writing for buffer in self._table.values()):
+            while self._core.nr_writing:
                 self._wait(())
             error, self._write_error = self._write_error, None
         if error is not None:
@@ -489,6 +494,8 @@ class Client:
         core = self._core
         if core.nr_buffers < self._threshold:
             return self._create(block)
+        while core.nr_buffers > self._limit and self._evict_one():
+            pass
         if len(core.dirty) > _DIRTY_TO_CLEAN * len(core.clean):
             batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
             if batch:

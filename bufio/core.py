@@ -18,6 +18,7 @@ is never evicted or written early, see :attr:`bufio.Client.peek`.
 from __future__ import annotations
 
 import threading
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from bufio.engine import SyncEngine
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 BUFFER_OVERHEAD_BYTES = 1024
 """What a cached block costs beside its data: the buffer, its views, and what an owner hangs on it."""
+
+_BLOCK_NUMBER = attrgetter("block_number")
 
 WRITE_BACK_BATCH = 256
 """Dirty buffers written in one go under memory pressure, so that neighbours can be coalesced."""
@@ -151,6 +154,7 @@ class Core:
         self.dirty: dict[Buffer, None] = {}
         self.counters = Stats()
         self.nr_buffers = 0
+        self.nr_writing = 0
         self._slab = Slab(block_size)
         self._tables: dict[int, dict[int, Buffer]] = {}
 
@@ -250,32 +254,35 @@ class Core:
         Called **with** the lock, which is given up during the transfer.  A buffer that is dirtied again meanwhile stays
         dirty.  *prepare* is called for each, without the lock, just before.
         """
-        batch = sorted((b for b in buffers if b.dirty and not b.writing), key=_block_number)
+        batch = sorted([b for b in buffers if b.dirty and not b.writing], key=_BLOCK_NUMBER)
         if not batch:
             return []
-        ranges = []
+        ranges = [(buffer.dirty_start, buffer.dirty_end) for buffer in batch]
+        if len(batch) == len(self.dirty):
+            self.clean.update(self.dirty)
+            self.dirty.clear()
+        else:
+            for buffer in batch:
+                del self.dirty[buffer]
+                self.clean[buffer] = None
         for buffer in batch:
             buffer.writing = True
-            ranges.append((buffer.dirty_start, buffer.dirty_end))
-            self.set_clean(buffer)
+            buffer.dirty = False
+        self.nr_writing += len(batch)
         self.lock.release()
         results: list[OSError | None] = []
         try:
-            size = self.block_size
-            requests = []
-            nbytes = 0
-            for buffer, (start, end) in zip(batch, ranges, strict=True):
-                if prepare is not None:
+            if prepare is not None:
+                for buffer in batch:
                     prepare(buffer)
-                    start, end = 0, size
-                at = offset + buffer.block_number * size
-                requests.append((at, buffer.data) if end - start == size else (at + start, buffer.data[start:end]))
-                nbytes += end - start
+                ranges = [(0, self.block_size)] * len(batch)
+            requests = self._requests(batch, ranges, offset)
             calls = self.engine.calls
             results = self.engine.write(device, requests)
             calls = self.engine.calls - calls
         finally:
             self.lock.acquire()
+            self.nr_writing -= len(batch)
             # A write that did not even return (an exception in prepare, a signal) counts as failed.
             unknown = [OSError("write was interrupted")] * (len(batch) - len(results))
             failed = []
@@ -286,10 +293,19 @@ class Core:
                     failed.append((buffer, error))
             self.changed.notify_all()
         self.counters.writes += len(batch)
-        self.counters.bytes_written += nbytes
+        self.counters.bytes_written += sum(end - start for start, end in ranges)
         self.counters.coalesced_writes += len(batch) - calls
         return failed
 
-
-def _block_number(buffer: Buffer) -> int:
-    return buffer.block_number
+    def _requests(
+        self, batch: list[Buffer], ranges: list[tuple[int, int]], offset: int
+    ) -> list[tuple[int, memoryview]]:
+        """Return byte offset and content of what has to be written of each buffer."""
+        size = self.block_size
+        whole = (0, size)
+        return [
+            (offset + buffer.block_number * size, buffer.data)
+            if written == whole
+            else (offset + buffer.block_number * size + written[0], buffer.data[written[0] : written[1]])
+            for buffer, written in zip(batch, ranges, strict=True)
+        ]

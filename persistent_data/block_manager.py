@@ -19,9 +19,10 @@ import threading
 from typing import TYPE_CHECKING
 
 from bufio import Client
-from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, kind_of
+from bufio.client import FIRST_EPOCH
+from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, checksum_of_rest, kind_of
 from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataError, ReadOnlyMetadata, WouldBlock
-from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR_OFFSET
+from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR, BLOCKNR_OFFSET, CHECKSUM
 
 if TYPE_CHECKING:
     from bufio import Buffer, Device
@@ -36,11 +37,13 @@ class View:
     long as its block stays cached, and follows its content to another block number when that is moved.
     """
 
-    __slots__ = ("buffer", "data", "lock_count", "validator")
+    __slots__ = ("buffer", "checksummed", "data", "lock_count", "validator")
 
     def __init__(self, buffer: Buffer, validator: Validator) -> None:
         self.buffer = buffer
         self.data = buffer.data
+        self.checksummed = buffer.data[CHECKSUM.size :]
+        """What the checksum covers; kept because it is needed each time the block is written."""
         self.validator = validator
         self.lock_count = 0
         """Readers that have it locked, or -1 for a writer."""
@@ -83,10 +86,11 @@ class Validator:
     def check_content(self, data: memoryview, block: int) -> None:
         """Check what this kind of block has beside its header; a hook for subclasses."""
 
-    def prepare(self, data: memoryview, block: int) -> None:
-        """Complete the bytes that are about to be written to *block*: its number, then the checksum."""
-        data[BLOCKNR_OFFSET : BLOCKNR_OFFSET + 8] = block.to_bytes(8, "little")
-        data[:4] = block_checksum(data, self.salt).to_bytes(4, "little")
+    def prepare(self, view: View) -> None:
+        """Complete the bytes that are about to be written: the block's number, then the checksum."""
+        data = view.data
+        BLOCKNR.pack_into(data, BLOCKNR_OFFSET, view.buffer.block_number)
+        CHECKSUM.pack_into(data, 0, checksum_of_rest(view.checksummed, self.salt))
 
 
 BITMAP = Validator("space map bitmap", BITMAP_SALT)
@@ -95,7 +99,7 @@ METADATA_INDEX = Validator("metadata index block", INDEX_SALT)
 
 def _prepare_for_write(buffer: Buffer) -> None:
     view: View = buffer.aux
-    view.validator.prepare(view.data, buffer.block_number)
+    view.validator.prepare(view)
 
 
 class BlockManager:
@@ -111,7 +115,7 @@ class BlockManager:
         self.client = Client(
             device, BLOCK_SIZE, reserved_buffers=16, write_callback=_prepare_for_write, cache_bytes=cache_bytes
         )
-        self.client.begin_epoch()
+        self.client.epoch = FIRST_EPOCH
         self.peek = self.client.peek
         self.read_only = read_only
         self._unlocked = threading.Condition()
@@ -125,7 +129,7 @@ class BlockManager:
 
     def begin_operation(self) -> None:
         """Give up everything borrowed so far."""
-        self.client.begin_epoch()
+        self.client.epoch += 1
 
     def borrow(self, block: int, validator: Validator) -> View:
         """Return the view of *block*, reading and checking it if need be.
@@ -199,7 +203,6 @@ class BlockManager:
         """
         self.require_writable(block)
         self.client.move(view.buffer, block)
-        view.buffer.referenced = self.client.epoch
 
     # Locks
 

@@ -53,7 +53,7 @@ class BTree:
         self._tm = tm
         self._value_types = tuple(value_types)
         self._last_type = self._value_types[-1]
-        self._spine = ShadowSpine(tm)
+        self.spine = ShadowSpine(tm)
 
     # Whole trees
 
@@ -71,7 +71,7 @@ class BTree:
         tm = self._tm
         if tm.ref(block) == 1:
             value_type = self._value_types[level]
-            node = self._spine.root(block, value_type.size)
+            node = self.spine.root(block, value_type.size)
             if not node.is_leaf:
                 for child in node.children():
                     self._delete(child, level, depth + 1)
@@ -91,24 +91,24 @@ class BTree:
 
         :raises KeyNotFound: there is none
         """
-        return _lookup(self._spine, self._value_types, root, keys)
+        return _lookup(self.spine, self._value_types, root, keys)
 
     def find(self, root: int, key: int) -> tuple[Node, int] | None:
         """Return the leaf and the slot of *key* in a tree of the last level, None if it is not there."""
-        return self._spine.find(root, key, self._last_type.size)
+        return self.spine.find(root, key, self._last_type.size)
 
     def count_if_leaf(self, root: int) -> int | None:
         """Return the number of entries of a tree of the last level if its root is its only node, else None."""
-        node = self._spine.root(root, self._last_type.size)
+        node = self.spine.root(root, self._last_type.size)
         return node.nr_entries if node.is_leaf else None
 
     def height(self, root: int) -> int:
         """Return how many nodes are above a leaf in a tree of the last level."""
-        node = self._spine.root(root, self._last_type.size)
+        node = self.spine.root(root, self._last_type.size)
         for height in range(MAX_LEVELS):
             if node.is_leaf:
                 return height
-            node = self._spine.child(node, 0, self._last_type.size)
+            node = self.spine.child(node, 0, self._last_type.size)
         raise CorruptMetadata(root, f"tree has more than {MAX_LEVELS} levels: a node must be below itself")
 
     def node_entries(self, block: int, low: int, high: int, *, is_leaf: bool) -> tuple[list[int], list[int]]:
@@ -117,7 +117,7 @@ class BTree:
         :param low: no key may be below this; nor any at or above *high*
         :param is_leaf: what the node has to be, at its depth
         """
-        node = self._spine.root(block, self._last_type.size)
+        node = self.spine.root(block, self._last_type.size)
         if node.is_leaf != is_leaf:
             raise CorruptMetadata(block, "leaves at different depths")
         if node.nr_entries and (node.key(0) < low or node.key(node.nr_entries - 1) >= high):
@@ -148,7 +148,7 @@ class BTree:
 
         For trees of one level, or the root of one on the last level.  None when there is no such key.
         """
-        spine = self._spine
+        spine = self.spine
         size = self._last_type.size
         node = spine.root(root, size)
         low, high = 0, KEY_LIMIT
@@ -185,11 +185,11 @@ class BTree:
     def _find_extreme(self, block: int, *, lowest: bool) -> list[int]:
         found: list[int] = []
         for value_type in self._value_types:
-            node = self._spine.root(block, value_type.size)
+            node = self.spine.root(block, value_type.size)
             for _ in range(MAX_LEVELS):
                 if node.is_leaf:
                     break
-                node = self._spine.checked_child(node, 0 if lowest else node.nr_entries - 1, value_type.size)
+                node = self.spine.checked_child(node, 0 if lowest else node.nr_entries - 1, value_type.size)
             else:
                 raise CorruptMetadata(block, f"tree has more than {MAX_LEVELS} levels: a node must be below itself")
             if not node.nr_entries:
@@ -236,7 +236,7 @@ class BTree:
     def _subtree(self, root: int, keys: Sequence[int]) -> int:
         """Return the root of the last-level tree that all keys but the last lead to."""
         for value_type, key in zip(self._value_types[:-1], keys, strict=False):
-            found = self._spine.find(root, key, value_type.size)
+            found = self.spine.find(root, key, value_type.size)
             if found is None:
                 raise KeyNotFound(f"no key {key}")
             leaf, slot = found
@@ -323,7 +323,7 @@ class BTree:
         :param owner: the leaf of the level above whose value *owner_index* is the tree's root
         :returns: the leaf, the index of the largest key not above *key* (-1 if there is none), and the tree's new root
         """
-        spine = self._spine
+        spine = self.spine
         exclusive = self._tm.exclusive
         client = self._tm.bm.client
         peek = client.peek
@@ -394,7 +394,7 @@ class BTree:
 
         :raises InvalidArgument: the key is not there
         """
-        spine = self._spine
+        spine = self.spine
         node = spine.shadow_root(root, self._last_type)
         top = node.block
         for _ in range(MAX_LEVELS):
@@ -483,7 +483,7 @@ class BTree:
         :returns: the leaf, the index of *key* (if not *exact*, of the largest key not above it), and the tree's new
             root
         """
-        spine = self._spine
+        spine = self.spine
         node = spine.shadow_root(block, value_type)
         top = node.block
         if owner is not None:

@@ -184,6 +184,7 @@ class ShadowSpine(ReadSpine):
 
     def __init__(self, tm: TransactionManager) -> None:
         super().__init__(tm)
+        self._exclusive = tm.exclusive
 
     def shadow(self, block: int, value_type: ValueType) -> Node:
         """Return a version of node *block* that may be changed, with a reference added to all that a copy refers to.
@@ -197,11 +198,25 @@ class ShadowSpine(ReadSpine):
 
     def shadow_child(self, parent: Node, index: int, value_type: ValueType) -> Node:
         """Shadow child *index* of *parent*, which may be changed itself and is."""
-        block = parent.child(index)
-        if self._peek(block) is None:
+        slot = FIRST_SLOT + parent.max_entries + index
+        block = parent.words[slot]
+        buffer = self._peek(block)
+        if buffer is None:
             self.child(parent, index, value_type.size)
-        node = self.shadow(block, value_type)
-        parent.set_child(index, node.block)
+        elif buffer.aux.__class__ is Node:
+            # The two usual cases, without the calls that the others need.
+            if block in self._exclusive:
+                buffer.referenced = self._client.epoch
+                if not buffer.dirty:
+                    self._client.mark_dirty(buffer)
+                return buffer.aux
+            if self._tm.move_to_new_block(buffer):
+                parent.words[slot] = buffer.block_number
+                return buffer.aux
+        node, was_shared = cast("tuple[Node, bool]", self._tm.shadow_block(block, BTREE_NODE))
+        if was_shared:
+            self.inc_contents(node, value_type)
+        parent.words[slot] = node.buffer.block_number
         return node
 
     def shadow_root(self, block: int, value_type: ValueType) -> Node:

@@ -20,6 +20,7 @@ from persistent_data.layout import (
 )
 
 if TYPE_CHECKING:
+    from persistent_data.block_manager import View
     from persistent_data.btree import BTree
     from persistent_data.btree_node import Node
     from persistent_data.transaction_manager import TransactionManager
@@ -96,6 +97,8 @@ class BitmapCounts:
         self._busy_index = -1
         self._busy = bytearray()
         self._old_busy = bytearray()
+        self._last_bitmap: View | None = None
+        self._last_index = -1
 
     # Reading
 
@@ -120,6 +123,19 @@ class BitmapCounts:
         else:
             data = self.tm.read_block(blocknr, BITMAP).data
         return data[BITMAP_HEADER_SIZE + (bit >> 2)] >> (bit & 3) * 2 & 3
+
+    def is_free(self, block: int) -> bool:
+        """Tell whether the count of *block* is zero.  As ``get_code``, but quick for many blocks of one bitmap."""
+        index = block // ENTRIES_PER_BITMAP
+        view = self._last_bitmap
+        if view is None or index != self._last_index or view.buffer.aux is not view or not 0 <= block < self.nr_blocks:
+            self.check_range(block, block + 1)
+            view = self.tm.read_block(self.index.load(index)[BLOCKNR], BITMAP)
+            # It stays the right one for as long as it is cached: a bitmap that is shadowed is moved, never copied.
+            self._last_bitmap = view
+            self._last_index = index
+        bit = block - index * ENTRIES_PER_BITMAP
+        return not view.data[BITMAP_HEADER_SIZE + (bit >> 2)] >> (bit & 3) * 2 & 3
 
     def check_range(self, begin: int, end: int) -> None:
         """:raises InvalidArgument: unless ``[begin, end)`` is a range of counted blocks"""
@@ -187,6 +203,45 @@ class BitmapCounts:
         return spread
 
     # Changing
+
+    def swap(self, block: int, begin: int) -> int:
+        """Find a free block from *begin* on, give it a reference, and take the only one of *block*.
+
+        Only if all of that stays within one bitmap that can be changed in place; else nothing is done and -1 returned.
+        This is ``find_common_free``, ``inc_one`` and ``dec_one`` in one, for the block that every shadowing replaces.
+        """
+        index, bit = divmod(block, ENTRIES_PER_BITMAP)
+        if index != self._busy_index or index != begin // ENTRIES_PER_BITMAP:
+            return -1
+        entry = self.index.load(index)
+        if entry[0] not in self._exclusive or not entry[1]:
+            return -1
+        buffer = self._peek(entry[0])
+        if buffer is None:
+            return -1
+        data = buffer.data
+        at = BITMAP_HEADER_SIZE + (bit >> 2)
+        shift = (bit & 3) * 2
+        if data[at] >> shift & 3 != _ONE:
+            return -1
+        first = entry[2]
+        start = begin - index * ENTRIES_PER_BITMAP
+        found = self._busy.find(0, start if start > first else first)
+        if found < 0:
+            return -1
+        # One more and one less: nr_allocated and nr_free stay as they are.
+        data[BITMAP_HEADER_SIZE + (found >> 2)] |= _ONE << (found & 3) * 2
+        self._busy[found] = 1
+        if first == found:
+            first += 1
+        data[at] &= ~(3 << shift)
+        self._busy[bit] = self._old_busy[bit]
+        entry[2] = bit if bit < first else first
+        self.index.touch(index)
+        buffer.referenced = self._client.epoch
+        if not buffer.dirty:
+            self._client.mark_dirty(buffer)
+        return index * ENTRIES_PER_BITMAP + found
 
     def has_one_reference_in_place(self, block: int) -> bool:
         """Tell whether the count of *block* is one and could be changed without another block."""

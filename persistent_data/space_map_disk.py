@@ -133,11 +133,6 @@ class DiskSpaceMap:
         return self._counts.old_nr_blocks
 
     @property
-    def nr_blocks_now(self) -> int:
-        """Blocks that are counted, an extension since the last commit included."""
-        return self._counts.nr_blocks
-
-    @property
     def nr_free(self) -> int:
         """Free blocks of the last commit less what was allocated since, net.
 
@@ -153,7 +148,7 @@ class DiskSpaceMap:
 
     def is_free(self, block: int) -> bool:
         """Tell whether *block* has no reference at all; cheaper than its count."""
-        return self._counts.get_code(block) == 0
+        return self._counts.is_free(block)
 
     def set_count(self, block: int, count: int) -> None:
         before = self._counts.nr_allocated

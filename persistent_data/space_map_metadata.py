@@ -221,7 +221,9 @@ class MetadataSpaceMap:
         block = self._find_free()
         self._begin = block + 1
         self.inc(block, block + 1)
-        self._note_allocation()
+        self._taken += 1
+        if self._threshold is not None:
+            self._watch_threshold(self._threshold)
         return block
 
     def replace(self, block: int) -> int | None:
@@ -232,15 +234,21 @@ class MetadataSpaceMap:
 
         :raises NoFreeMetadataBlock: metadata space is exhausted
         """
+        if self._busy or self._bootstrapping:
+            return None
         counts = self._counts
-        if self._busy or self._bootstrapping or not counts.has_one_reference_in_place(block):
-            return None
-        new = self._find_free()
-        if not counts.inc_one(new):
-            return None
+        new = counts.swap(block, self._begin)
+        if new < 0:
+            if not counts.has_one_reference_in_place(block):
+                return None
+            new = self._find_free()
+            if not counts.inc_one(new):
+                return None
+            counts.dec_one(block)
         self._begin = new + 1
-        self._note_allocation()
-        counts.dec_one(block)
+        self._taken += 1
+        if self._threshold is not None:
+            self._watch_threshold(self._threshold)
         return new
 
     def _find_free(self) -> int:
@@ -251,14 +259,12 @@ class MetadataSpaceMap:
                 raise NoFreeMetadataBlock(f"no free metadata block: all {self.nr_blocks} are in use")
         return block
 
-    def _note_allocation(self) -> None:
-        self._taken += 1
-        if self._threshold is not None:
-            passed = self.nr_free <= self._threshold[0]
-            if passed and not self._threshold_passed:
-                self._threshold_passed = True
-                self._threshold[1]()
-            self._threshold_passed = passed
+    def _watch_threshold(self, threshold: tuple[int, Callable[[], None]]) -> None:
+        passed = self.nr_free <= threshold[0]
+        newly = passed and not self._threshold_passed
+        self._threshold_passed = passed
+        if newly:
+            threshold[1]()
 
     def register_threshold(self, nr_free: int, callback: Callable[[], None]) -> None:
         """Call *callback* when an allocation leaves *nr_free* free blocks or fewer, where there were more before."""

@@ -19,6 +19,7 @@ from persistent_data.space_map import runs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bufio import Buffer
     from persistent_data.block_manager import BlockManager, Validator, View
     from persistent_data.space_map_metadata import MetadataSpaceMap
 
@@ -75,11 +76,7 @@ class TransactionManager:
                     return view, False
         self.bm.require_writable(block)
         view = self.bm.borrow(block, validator)
-        new = self.sm.replace(block) if block not in self._shadows else None
-        if new is not None:
-            self.bm.move(view, new)
-            self._shadows.add(new)
-            self.exclusive.add(new)
+        if self.move_to_new_block(view.buffer):
             return view, False
         shared = self.sm.more_than_one(block)
         if block in self._shadows and not shared:
@@ -94,6 +91,22 @@ class TransactionManager:
         self._shadows.add(new)
         self.exclusive.add(new)
         return view, shared
+
+    def move_to_new_block(self, buffer: Buffer) -> bool:
+        """Shadow a borrowed block that nobody else refers to, if its counts can be changed in place.
+
+        :returns: whether it was done; if not, nothing was, and :meth:`shadow_block` does it
+        """
+        block = buffer.block_number
+        if block in self._shadows or self.bm.read_only:
+            return False
+        new = self.sm.replace(block)
+        if new is None:
+            return False
+        self._client.move(buffer, new)
+        self._shadows.add(new)
+        self.exclusive.add(new)
+        return True
 
     def read_block(self, block: int, validator: Validator) -> View:
         """Return *block* for reading: borrowed, see :class:`~persistent_data.block_manager.BlockManager`."""

@@ -281,6 +281,10 @@ class PoolMetadata:
         self._transaction_id = sb.trans_id
         self._flags = sb.flags
         self._data_block_size = sb.data_block_size
+        self._nr_data_blocks = sb.data_root.nr_blocks
+        # Shortcuts for the calls that are made by the million.
+        self._client = self._storage.bm.client
+        self._find_mapping = self._storage.trees.mappings.spine.find
         self._generation += 1
         self._storage.bm.begin_operation()
 
@@ -296,7 +300,7 @@ class PoolMetadata:
         if self._frozen is not None:
             raise self._refusal()
         self._in_service = True
-        self._storage.bm.client.begin_epoch()
+        self._storage.bm.begin_operation()
 
     def _start_query(self) -> None:
         """Begin a call that only reads.
@@ -305,7 +309,7 @@ class PoolMetadata:
         """
         if self._frozen is not None and (self._closed or self._cannot_recover):
             raise self._refusal()
-        self._storage.bm.client.begin_epoch()
+        self._storage.bm.begin_operation()
 
     def _refusal(self) -> ThinError:
         assert self._frozen is not None
@@ -669,9 +673,8 @@ class PoolMetadata:
                 raise self._fail(error) from error
 
     def _require_data_range(self, b: int, e: int) -> None:
-        nr_blocks = self._storage.data_map.nr_blocks_now
-        if not 0 <= b <= e <= nr_blocks:
-            raise ThinError(errno.EINVAL, f"data blocks [{b}..{e}] are not within the pool's {nr_blocks}")
+        if not 0 <= b <= e <= self._nr_data_blocks:
+            raise ThinError(errno.EINVAL, f"data blocks [{b}..{e}] are not within the pool's {self._nr_data_blocks}")
 
     # Transaction ids
 
@@ -791,7 +794,7 @@ class PoolMetadata:
         with self._lock:
             self._start_change()
             data_map = self._storage.data_map
-            now = data_map.nr_blocks_now
+            now = self._nr_data_blocks
             if n < now:
                 raise ThinError(errno.EINVAL, f"the data device cannot shrink from {now} to {n} blocks")
             if n > MAX_DATA_BLOCK + 1:
@@ -799,6 +802,7 @@ class PoolMetadata:
             if n > now:
                 try:
                     data_map.extend(n - now)
+                    self._nr_data_blocks = n
                 except BaseException as error:
                     raise self._fail(error) from error
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import repeat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from thinpool.layout import TIME_BITS, TIME_MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_BATCH_LEAVES = 64
 """Leaves that are turned into runs together."""
@@ -32,43 +35,51 @@ class Run(NamedTuple):
         return None
 
 
-def runs_of_entries(keys: bytes, values: bytes) -> list[Run]:
+RunFields = tuple[list[int], list[int], list[int], list[int]]
+"""Runs as lists of their fields."""
+
+
+def run_fields(keys: bytes, values: bytes) -> RunFields:
     """Find the runs of a sorted stretch of a mapping tree.
 
     :param keys: thin blocks, as little-endian words of 8 bytes
     :param values: as many block times, likewise
     """
     if len(keys) >= 8 * _WORTH_AN_ARRAY:
-        return _runs_by_arrays(keys, values)
-    found: list[Run] = []
-    begin = first = length = 0
+        return _run_fields_by_arrays(keys, values)
+    thin: list[int] = []
+    first: list[int] = []
+    lengths: list[int] = []
+    next_key = next_value = -1
     for key, value in zip(memoryview(keys).cast("Q"), memoryview(values).cast("Q"), strict=True):
-        if key == begin + length and value == first + (length << TIME_BITS) and length:
-            length += 1
-            continue
-        if length:
-            found.append(Run(begin, first >> TIME_BITS, length, first & TIME_MASK))
-        begin, first, length = key, value, 1
-    if length:
-        found.append(Run(begin, first >> TIME_BITS, length, first & TIME_MASK))
-    return found
+        if key == next_key and value == next_value:
+            lengths[-1] += 1
+        else:
+            thin.append(key)
+            first.append(value)
+            lengths.append(1)
+        next_key = key + 1
+        next_value = value + (1 << TIME_BITS)
+    return thin, [value >> TIME_BITS for value in first], lengths, [value & TIME_MASK for value in first]
 
 
-def _runs_by_arrays(keys: bytes, values: bytes) -> list[Run]:
+def _run_fields_by_arrays(keys: bytes, values: bytes) -> RunFields:
     import numpy as np
 
     k = np.frombuffer(keys, "<u8")
     v = np.frombuffer(values, "<u8")
     breaks = np.flatnonzero((k[1:] - k[:-1] != 1) | (v[1:] - v[:-1] != 1 << TIME_BITS)) + 1
     starts = np.concatenate(([0], breaks))
-    lengths = np.diff(starts, append=len(k))
     first = v[starts]
-    fields = zip(
+    return (
         k[starts].tolist(),
         (first >> np.uint64(TIME_BITS)).tolist(),
-        lengths.tolist(),
+        np.diff(starts, append=len(k)).tolist(),
         (first & np.uint64(TIME_MASK)).tolist(),
-        strict=True,
     )
-    # A named tuple without the call of its own __new__: half the time of all of this.
-    return list(map(tuple.__new__, repeat(Run), fields))
+
+
+def runs_of_fields(fields: RunFields) -> Iterator[Run]:
+    """Return the runs one by one; none exists before it is asked for."""
+    # A named tuple without the call of its own __new__ takes half the time.
+    return map(tuple.__new__, repeat(Run), zip(*fields, strict=True))

@@ -43,6 +43,7 @@ class SuperblockValidator(Validator):
         super().__init__("superblock", SUPERBLOCK_SALT)
 
     def check(self, data: memoryview, block: int) -> None:
+        """Accept the bytes read from *block*; see :class:`Validator`."""
         problem = superblock_error(data, block)
         if problem is not None:
             wrong_place = Superblock.unpack(data).blocknr != block
@@ -109,7 +110,7 @@ class Storage:
             sb.device_details_root = self.trees.details.empty()
             self._write_maps()
             view = bm.borrow_zeroed(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
-            self._fill_superblock(view.data)
+            self._fill(view.data, sb)
             tm.commit(view)
             bm.begin_operation()
         except BaseException:
@@ -178,20 +179,20 @@ class Storage:
 
         :raises OSError: a write failed, and what is on the device is the last commit or this one
         """
-        self.superblock = fields
         self._write_maps()
         view = self.bm.borrow_for_write(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
-        self._fill_superblock(view.data)
+        self._fill(view.data, fields)
         self.tm.commit(view)
+        self.superblock = fields
 
     def _write_maps(self) -> None:
         self.data_map.commit()
         self.tm.pre_commit()
 
-    def _fill_superblock(self, data: memoryview) -> None:
-        self.superblock.data_space_map_root = self.data_map.root_blob().ljust(SPACE_MAP_ROOT_SIZE, b"\0")
-        self.superblock.metadata_space_map_root = self.metadata_map.root_blob().ljust(SPACE_MAP_ROOT_SIZE, b"\0")
-        self.superblock.pack_into(data)
+    def _fill(self, data: memoryview, fields: Superblock) -> None:
+        fields.data_space_map_root = self.data_map.root_blob().ljust(SPACE_MAP_ROOT_SIZE, b"\0")
+        fields.metadata_space_map_root = self.metadata_map.root_blob().ljust(SPACE_MAP_ROOT_SIZE, b"\0")
+        fields.pack_into(data)
 
     def copy_superblock(self) -> tuple[int, Superblock]:
         """Copy the committed superblock to a new block, as a metadata snapshot; return the block and its fields."""
@@ -213,6 +214,6 @@ class Storage:
         view = self.bm.borrow(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
         self.superblock.flags = flags
         self.superblock.pack_into(view.data)
-        SUPERBLOCK_BLOCK.prepare(view.data, SUPERBLOCK_LOCATION)
+        SUPERBLOCK_BLOCK.prepare(view)
         self.bm.device.pwrite(view.data, SUPERBLOCK_LOCATION * BLOCK_SIZE)
         self.bm.device.flush()

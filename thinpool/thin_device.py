@@ -6,6 +6,7 @@ Source: docs/design.md, "Mappings"; docs/api.md.
 from __future__ import annotations
 
 import errno
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from persistent_data.btree import Finger
@@ -13,7 +14,8 @@ from persistent_data.btree_node import FIRST_SLOT
 from persistent_data.errors import KeyNotFound
 from thinpool.errors import Corrupt, NoSuchDevice, NotMapped, OutOfSpace, ThinError, from_below
 from thinpool.layout import MAX_DATA_BLOCK, TIME_BITS, TIME_MASK
-from thinpool.runs import MAX_BATCH_LEAVES, Run, runs_of_entries
+from thinpool.runs import MAX_BATCH_LEAVES, Run, run_fields, runs_of_fields
+from thinpool.values import BLOCK_TIME_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from thinpool.metadata import DeviceDetails, PoolMetadata
 
 KEY_LIMIT = 1 << 64
+_new_tuple = tuple.__new__
+"""Makes a named tuple in half the time that its own constructor takes."""
 
 
 class LookupResult(NamedTuple):
@@ -222,24 +226,23 @@ class ThinDevice:
         with pool._lock:
             if pool._frozen is not None or self._closed or not handle.exists:
                 self._start_query()
-            storage = pool._storage
-            storage.bm.client.begin_epoch()
-            if not can_issue_io:
-                value = self._find_cached(block)
-            else:
+            pool._client.epoch += 1
+            if can_issue_io:
                 root = handle.root if handle.root_generation == pool._generation else pool._mapping_root(handle)
                 try:
-                    found = storage.trees.mappings.find(root, block)
+                    found = pool._find_mapping(root, block, BLOCK_TIME_SIZE)
                 except OSError as error:
                     raise from_below(error) from error
                 if found is None:
                     raise NotMapped(f"thin block {block} of device {handle.dev} is not mapped")
                 leaf, slot = found
                 value = leaf.words[slot + leaf.max_entries]
+            else:
+                value = self._find_cached(block)
             data_block = value >> TIME_BITS
-            if data_block >= storage.data_map.nr_blocks_now:
+            if data_block >= pool._nr_data_blocks:
                 raise self._outside(block, data_block)
-            return LookupResult(data_block, handle.snapshotted_time > value & TIME_MASK)
+            return _new_tuple(LookupResult, (data_block, handle.snapshotted_time > value & TIME_MASK))
 
     def _find_cached(self, block: int) -> int:
         pool = self._pool
@@ -290,7 +293,7 @@ class ThinDevice:
                 raise from_below(error) from error
             if not length:
                 raise NotMapped(f"nothing in [{begin}..{end}] of device {self.dev_id} is mapped")
-            if pool_begin + length > pool._storage.data_map.nr_blocks_now:
+            if pool_begin + length > pool._nr_data_blocks:
                 raise self._outside(thin_begin, pool_begin)
             return MappedRange(thin_begin, thin_begin + length, pool_begin, shared)
 
@@ -317,26 +320,30 @@ class ThinDevice:
 
         :raises Corrupt: the metadata is damaged; everything before it has been returned
         """
-        limit = KEY_LIMIT if end is None else end
+        return chain.from_iterable(self._batches_of_runs(begin, KEY_LIMIT if end is None else end))
+
+    def _batches_of_runs(self, begin: int, limit: int) -> Iterator[Iterable[Run]]:
         pending: Run | None = None
         while begin < limit:
             keys, values, begin, damage = self._gather(begin, limit)
-            batch = runs_of_entries(keys, values)
-            if batch:
+            fields = run_fields(keys, values)
+            thin, data, lengths, times = fields
+            if thin:
                 if pending is not None:
-                    joined = pending.joined_with(batch[0])
-                    if joined is None:
-                        yield pending
+                    if pending.joined_with(Run(thin[0], data[0], lengths[0], times[0])) is None:
+                        yield (pending,)
                     else:
-                        batch[0] = joined
-                pending = batch.pop()
-                yield from batch
+                        thin[0], data[0] = pending.thin_begin, pending.data_begin
+                        lengths[0] += pending.length
+                # The last one may go on in the next leaf.
+                pending = Run(*(field.pop() for field in fields))
+                yield runs_of_fields(fields)
             if damage is not None:
                 if pending is not None:
-                    yield pending
+                    yield (pending,)
                 raise damage
         if pending is not None:
-            yield pending
+            yield (pending,)
 
     def _gather(self, begin: int, limit: int) -> tuple[bytes, bytes, int, ThinError | None]:
         """Copy the entries in ``[begin, limit)`` out of the next few leaves.
@@ -346,7 +353,7 @@ class ThinDevice:
         pool = self._pool
         keys: list[memoryview] = []
         values: list[memoryview] = []
-        nr_data_blocks = pool._storage.data_map.nr_blocks_now
+        nr_data_blocks = pool._nr_data_blocks
         with pool._lock:
             root = self._start_query()
             tree = pool._storage.trees.mappings
@@ -390,7 +397,7 @@ class ThinDevice:
                 self._refuse_change()
             pool._in_service = True
             storage = pool._storage
-            storage.bm.client.begin_epoch()
+            pool._client.epoch += 1
             try:
                 if not 0 <= block < KEY_LIMIT or storage.data_map.is_free(data_block):
                     raise ThinError(
@@ -510,7 +517,7 @@ class ThinDevice:
                 self._refuse_change()
             pool._in_service = True
             storage = pool._storage
-            storage.bm.client.begin_epoch()
+            storage.bm.begin_operation()
             root = handle.root if handle.root_generation == pool._generation else pool._mapping_root(handle)
             tree = storage.trees.mappings
             try:

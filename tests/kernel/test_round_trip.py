@@ -368,6 +368,8 @@ def test_recorded_pools_go_through_us_to_the_kernel_and_back(name: str, director
     world.verify()
     oldest = min(world.devices)
     with world.ours() as leg:
+        if leg.pool.free_metadata_block_count < 100:
+            leg.grow_metadata(2 * world.metadata_blocks)
         leg.snap(LARGEST_ID, oldest)
         leg.write(oldest, [*scattered(8, 40, 4000), 1 << 40])
         leg.create(LARGEST_ID - 1)
@@ -460,13 +462,15 @@ def test_kernel_finds_no_free_data_block_where_we_found_none(directory: Path) ->
 
 def fill(pool: PoolMetadata, thin: ThinDevice) -> int:
     """Map every 300th block, with a commit after each fifty, until there is no room; returns how many are committed."""
+    committed = 0
     for n in range(pool.data_dev_size):
-        if n % 50 == 0:
-            pool.commit()
         try:
+            if n % 50 == 0:
+                pool.commit()
+                committed = n
             thin.insert_block(n * 300, pool.alloc_data_block())
         except OutOfSpace:
-            return n // 50 * 50
+            return committed
     raise AssertionError("the data device is full")
 
 
@@ -488,17 +492,14 @@ def test_a_pool_that_we_filled_with_metadata_is_the_kernels_to_grow(directory: P
 
 def test_the_kernel_runs_out_of_metadata_space_and_we_grow_it(directory: Path) -> None:
     world = World(directory, data_blocks=40_000, metadata_blocks=96)
-    with world.kernel() as kernel:
-        kernel.create(0)
-        kernel.write(0, range(0, 600_000, 300))
-        kernel.commit()
-        step = kernel.steps.write(0, range(700_000, 10_000_000, 100), kernel.seed, size=512)
-        kernel.steps.steps[step][1]["may_fail"] = True
-        results = kernel.run()
+    kernel = KernelLeg(world)
+    kernel.create(0)
+    kernel.write(0, range(0, 600_000, 300))
+    kernel.commit()
+    kernel.fails(kernel.steps.write(0, range(700_000, 10_000_000, 100), kernel.seed, size=512), errno.EIO)
+    kernel.run()
     # What the kernel committed before it gave up is what the pool holds.
-    assert results.errnos.keys() == {step}
-    image = Image.load(world.meta)
-    found = image.mappings()[0]
+    found = Image.load(world.meta).mappings()[0]
     assert found.keys() >= world.devices[0].keys()
     world.devices[0] = {v: (2, v, kernel.seed << 24) for v in found}
     world.leaks = True
@@ -537,16 +538,16 @@ def test_kernel_keeps_a_pool_read_only_while_needs_check_is_set_by_us(directory:
 def test_we_read_the_pool_whose_metadata_device_failed_under_the_kernel(directory: Path) -> None:
     """An I/O error on commit makes the kernel abort and set needs_check; the last good commit is all there."""
     world = World(directory)
-    with world.kernel() as kernel:
-        kernel.create(0)
-        kernel.write(0, range(300))
-        kernel.commit()
-        # The superblock and the bitmaps in use stay good; what is allocated next is behind the hole's edge.
-        kernel.steps.add("meta_window", sectors=1024 * 8, good=60 * 8)
-        step = kernel.steps.write(0, range(10_000, 14_000), kernel.seed, size=512)
-        kernel.steps.steps[step][1]["may_fail"] = True
-        results = kernel.run()
-    assert results.errnos.keys() <= {step}
+    kernel = KernelLeg(world)
+    kernel.create(0)
+    kernel.write(0, range(300))
+    kernel.commit()
+    # What is in use stays good; what is allocated next is behind the edge.
+    kernel.steps.add("meta_window", sectors=1024 * 8, good=40 * 8)
+    kernel.steps.write(0, scattered(12, 5000, 1 << 24), kernel.seed, size=512)
+    kernel.commit()
+    kernel.fails(kernel.steps.write(0, [1 << 25], kernel.seed, size=512), errno.EIO)
+    kernel.run()
     found = Image.load(world.meta).mappings()[0]
     assert found.keys() >= world.devices[0].keys()
     world.devices[0] = {v: (2, v, kernel.seed << 24) for v in found}
@@ -644,7 +645,7 @@ def test_what_we_aborted_never_happened_for_the_kernel(directory: Path) -> None:
         leg.pool.create_snap(1, 0)
         leg.thin(0).provision(5000, 300)
         leg.thin(0).remove_range(0, 200)
-        leg.pool.reserve_metadata_snap()
+        leg.pool.set_transaction_id(0, 9)
         leg.pool.abort()
         world.devices = before
         leg.write(0, range(295, 310))

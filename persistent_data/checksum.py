@@ -35,6 +35,12 @@ def block_checksum(block: ReadableBuffer, salt: int) -> int:
     return int(iscsi(memoryview(block)[4:])) ^ _NO_FINAL_INVERSION ^ salt
 
 
+def checksum_of_rest(rest: ReadableBuffer, salt: int) -> int:
+    """As :func:`block_checksum`, of a block that is given without its first four bytes."""
+    checksum: int = iscsi(rest) ^ _NO_FINAL_INVERSION ^ salt
+    return checksum
+
+
 def kind_of(block: ReadableBuffer) -> str | None:
     """Name the kind of block whose checksum *block* carries, None if it is no kind's."""
     stored = int.from_bytes(memoryview(block)[:4], "little")

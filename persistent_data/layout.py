@@ -20,6 +20,8 @@ BLOCK_HEADER = Struct("<IIQ")
 """Of every kind of block: checksum, a word that depends on the kind, the block's own number."""
 BLOCKNR_OFFSET = 8
 """Byte offset of the block's own number, in every kind of block."""
+BLOCKNR = Struct("<Q")
+CHECKSUM = Struct("<I")
 
 NODE_HEADER = Struct("<IIQIIII")
 """csum, flags, blocknr, nr_entries, max_entries, value_size, padding."""

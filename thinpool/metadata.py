@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 from sortedcontainers import SortedDict
 
@@ -132,11 +132,10 @@ class PoolMetadata:
                     raise ThinError(errno.EINVAL, f"{device.name}: data_block_size is needed to format")
                 self = cls._format(device, owned, data_block_size, nr_data_blocks, cache_bytes)
             else:
-                self = cls(
-                    Storage.open(device, cache_bytes, read_only=read_only or device.read_only),
-                    device,
-                    owns_device=owned,
-                )
+                read_only = read_only or device.read_only
+                self = cls(Storage.open(device, cache_bytes, read_only=read_only), device, owns_device=owned)
+                if read_only:
+                    self._frozen = "the pool was opened read-only"
             if data_block_size is not None and data_block_size != self.data_block_size:
                 self._storage.bm.close(write=False)
                 raise ThinError(
@@ -317,8 +316,8 @@ class PoolMetadata:
             return ThinError(errno.EINVAL, self._frozen)
         return ReadOnly(self._frozen)
 
-    def _fail(self, error: BaseException) -> BaseException:
-        """Note that a call failed midway; return what to raise.
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Note that a call failed midway, and raise what the caller gets to see.
 
         From here on only ``abort`` and ``close`` change anything, and the handles show what was committed.
         """
@@ -328,7 +327,9 @@ class PoolMetadata:
             self._begin()
             for handle in list(self._handles.values()):
                 handle.restore_committed()
-        return from_below(error) if isinstance(error, OSError) else error
+        if isinstance(error, OSError) and not isinstance(error, ThinError):
+            raise from_below(error) from error
+        raise error
 
     def commit(self) -> None:
         """Make everything since the last commit durable, and begin the next transaction.
@@ -352,7 +353,7 @@ class PoolMetadata:
                 self._write_changed_details()
                 self._storage.commit(self._next_superblock())
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
             self._begin()
 
     def _write_changed_details(self) -> None:
@@ -410,7 +411,9 @@ class PoolMetadata:
                 self._cannot_recover = True
                 self._failure = error
                 self._frozen = f"the metadata cannot be read any more ({error})"
-                raise (from_below(error) if isinstance(error, OSError) else error) from error
+                if isinstance(error, OSError):
+                    raise from_below(error) from error
+                raise
 
     def register_pre_commit_callback(self, callback: Callable[[], object] | None) -> None:
         """Have *callback* called first in each commit, to flush the data device, say.  It replaces the previous one.
@@ -445,7 +448,7 @@ class PoolMetadata:
                 self._generation += 1
                 self._add_new_handle(dev, DeviceDetails(0, self._transaction_id, self._time, self._time))
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def create_snap(self, dev: int, origin: int) -> None:
         """Create a device with the mappings that *origin* has now.  From here on they share every data block.
@@ -476,7 +479,7 @@ class PoolMetadata:
                 if origin not in self._handles:
                     self._handles[origin] = origin_handle
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def delete_thin_device(self, dev: int) -> None:
         """Delete a device; data blocks that only it maps become free with the next commit.
@@ -498,7 +501,7 @@ class PoolMetadata:
                 self._root = trees.top_level.remove(self._root, [dev])
                 self._generation += 1
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def open_thin_device(self, dev: int) -> ThinDevice:
         """Open a device, which may be open already.
@@ -539,10 +542,9 @@ class PoolMetadata:
             raise DeviceExists(f"device {dev} exists")
 
     def _add_new_handle(self, dev: int, details: DeviceDetails) -> None:
-        # A handle left open over an abort that took its device away is that of the new device of the same id.
-        old = self._handles.pop(dev, None)
+        # Whoever still has a device of that id open from before an abort has one that is gone: it gets no part of this.
+        self._handles.pop(dev, None)
         handle = Handle(dev)
-        handle.open_count = 0 if old is None else old.open_count
         handle.create(details)
         self._handles[dev] = handle
 
@@ -610,11 +612,11 @@ class PoolMetadata:
             try:
                 return self._storage.data_map.new_block()
             except NoFreeMetadataBlock as error:
-                raise self._fail(error) from error
+                self._fail(error)
             except NoFreeBlock as error:
                 raise OutOfSpace(f"no free data block: {error.strerror}") from error
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def block_is_shared(self, b: int) -> bool:
         """Tell whether data block *b* is mapped more than once, metadata snapshot included."""
@@ -650,7 +652,7 @@ class PoolMetadata:
             try:
                 self._storage.data_map.inc(b, e)
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def dec_data_range(self, b: int, e: int) -> None:
         """Take a reference from each data block of ``[b, e)``.
@@ -670,7 +672,7 @@ class PoolMetadata:
             try:
                 data_map.dec(b, e)
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def _require_data_range(self, b: int, e: int) -> None:
         if not 0 <= b <= e <= self._nr_data_blocks:
@@ -722,7 +724,7 @@ class PoolMetadata:
                 self._metadata_snap = block
                 self._generation += 1
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     def release_metadata_snap(self) -> None:
         """Give the metadata snapshot up.
@@ -745,7 +747,7 @@ class PoolMetadata:
                 self._storage.tm.dec(held)
                 self._generation += 1
             except BaseException as error:
-                raise self._fail(error) from error
+                self._fail(error)
 
     # Sizes
 
@@ -804,7 +806,7 @@ class PoolMetadata:
                     data_map.extend(n - now)
                     self._nr_data_blocks = n
                 except BaseException as error:
-                    raise self._fail(error) from error
+                    self._fail(error)
 
     def resize_metadata_dev(self, n: int) -> None:
         """Let the pool use *n* metadata blocks of its device, which must have grown before; at most 4161600 are used.
@@ -824,7 +826,7 @@ class PoolMetadata:
                     metadata_map.extend(n - metadata_map.nr_blocks)
                     self._set_reserve()
                 except BaseException as error:
-                    raise self._fail(error) from error
+                    self._fail(error)
 
     def register_metadata_threshold(self, nr_free: int, callback: Callable[[], None]) -> None:
         """Have *callback* called when an allocation leaves *nr_free* free metadata blocks or fewer.

@@ -419,7 +419,7 @@ class ThinDevice:
                     handle.mapped_blocks += 1
                 handle.changed = True
             except BaseException as error:
-                raise pool._fail(error) from error
+                pool._fail(error)
 
     def _note_path(self) -> None:
         """The way from the pool's root to the device's has just been shadowed: remember where it leads."""
@@ -536,7 +536,7 @@ class ThinDevice:
                 handle.mapped_blocks -= 1
                 handle.changed = True
             except BaseException as error:
-                raise pool._fail(error) from error
+                pool._fail(error)
 
     def remove_range(self, begin: int, end: int) -> None:
         """Take all mappings in ``[begin, end)`` away; there need not be any.
@@ -575,4 +575,4 @@ class ThinDevice:
                 pool._generation += 1
                 handle.finger.leaf = None
             except BaseException as error:
-                raise pool._fail(error) from error
+                pool._fail(error)

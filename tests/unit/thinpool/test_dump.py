@@ -103,7 +103,8 @@ def test_two_devices_share_only_what_those_two_share() -> None:
 
 def test_runs_go_on_over_the_end_of_a_leaf() -> None:
     surgeon = Surgeon(image("sequential"))
-    assert len(surgeon.leaves(surgeon.device_root(0))) > 100
+    (dev_id,) = surgeon.image.devices()
+    assert len(surgeon.leaves(surgeon.device_root(dev_id))) > 100
     runs = [entry for entry in record(surgeon.device()) if entry[0] == "run"]
     assert sum(int(str(run[3])) for run in runs) == 32768
     assert len(runs) == 1
@@ -177,8 +178,15 @@ def test_a_leaf_is_held_against_the_keys_of_all_its_parents() -> None:
     """The leaf is fine for the device that is dumped first, and not for the other."""
     surgeon = Surgeon(image("snapshot_chain"))
     content = surgeon.image
-    first, last = content.node(surgeon.device_root(0)), content.node(surgeon.device_root(20))
-    place = next(i for i, child in enumerate(last.children) if child in first.children and i)
+    roots = [content.node(surgeon.device_root(dev_id)) for dev_id in content.devices()]
+    seen: set[int] = set(roots[0].children)
+    last, place = next(
+        (root, i)
+        for root in roots[1:]
+        if root != roots[0]
+        for i, child in enumerate(root.children)
+        if child in seen and i
+    )
     surgeon.key(last.number, place, last.keys[place] + 1)
     with pytest.raises(Corrupt) as caught:
         record(surgeon.device())

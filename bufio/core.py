@@ -285,12 +285,14 @@ class Core:
             self.nr_writing -= len(batch)
             # A write that did not even return (an exception in prepare, a signal) counts as failed.
             unknown = [OSError("write was interrupted")] * (len(batch) - len(results))
-            failed = []
-            for buffer, (start, end), error in zip(batch, ranges, [*results, *unknown], strict=True):
+            failed: list[tuple[Buffer, OSError]] = []
+            for buffer in batch:
                 buffer.writing = False
-                if error is not None:
-                    self.set_dirty(buffer, start, end)
-                    failed.append((buffer, error))
+            if unknown or any(results):
+                for buffer, (start, end), error in zip(batch, ranges, [*results, *unknown], strict=True):
+                    if error is not None:
+                        self.set_dirty(buffer, start, end)
+                        failed.append((buffer, error))
             self.changed.notify_all()
         self.counters.writes += len(batch)
         self.counters.bytes_written += sum(end - start for start, end in ranges)
@@ -303,9 +305,9 @@ class Core:
         """Return byte offset and content of what has to be written of each buffer."""
         size = self.block_size
         whole = (0, size)
+        if ranges.count(whole) == len(ranges):
+            return [(offset + buffer.block_number * size, buffer.data) for buffer in batch]
         return [
-            (offset + buffer.block_number * size, buffer.data)
-            if written == whole
-            else (offset + buffer.block_number * size + written[0], buffer.data[written[0] : written[1]])
-            for buffer, written in zip(batch, ranges, strict=True)
+            (offset + buffer.block_number * size + start, buffer.data[start:end])
+            for buffer, (start, end) in zip(batch, ranges, strict=True)
         ]

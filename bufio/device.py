@@ -271,9 +271,7 @@ class MemoryDevice:
         self._bytes[self._range(offset, view.nbytes, "write")] = view
 
     def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
-        for buffer in buffers:
-            self.pwrite(buffer, offset)
-            offset += memoryview(buffer).nbytes
+        self.pwrite(b"".join(buffers), offset)
 
     def flush(self) -> None:
         """Do nothing: memory is as durable as it will ever be."""

@@ -52,14 +52,18 @@ class SyncEngine:
         one: Callable[[WritableBuffer, int], None] | Callable[[ReadableBuffer, int], None],
         many: Callable[[Sequence[WritableBuffer], int], None] | Callable[[Sequence[ReadableBuffer], int], None],
     ) -> list[OSError | None]:
-        results: list[OSError | None] = [None] * len(requests)
+        count = len(requests)
+        results: list[OSError | None] = [None] * count
         first = 0
-        while first < len(requests):
+        while first < count:
             offset, view = requests[first]
             end = offset + view.nbytes
             last = first + 1
-            while last < len(requests) and requests[last][0] == end and end - offset < MAX_COALESCED_BYTES:
-                end += requests[last][1].nbytes
+            while last < count:
+                next_offset, next_view = requests[last]
+                if next_offset != end or end - offset >= MAX_COALESCED_BYTES:
+                    break
+                end += next_view.nbytes
                 last += 1
             self.calls += 1
             try:

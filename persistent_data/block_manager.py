@@ -86,20 +86,17 @@ class Validator:
     def check_content(self, data: memoryview, block: int) -> None:
         """Check what this kind of block has beside its header; a hook for subclasses."""
 
-    def prepare(self, view: View) -> None:
-        """Complete the bytes that are about to be written: the block's number, then the checksum."""
-        data = view.data
-        BLOCKNR.pack_into(data, BLOCKNR_OFFSET, view.buffer.block_number)
-        CHECKSUM.pack_into(data, 0, checksum_of_rest(view.checksummed, self.salt))
-
 
 BITMAP = Validator("space map bitmap", BITMAP_SALT)
 METADATA_INDEX = Validator("metadata index block", INDEX_SALT)
 
 
-def _prepare_for_write(buffer: Buffer) -> None:
+def complete_for_write(buffer: Buffer) -> None:
+    """Put into a block that is about to be written what can only be known then: its number, then its checksum."""
     view: View = buffer.aux
-    view.validator.prepare(view)
+    data = buffer.data
+    BLOCKNR.pack_into(data, BLOCKNR_OFFSET, buffer.block_number)
+    CHECKSUM.pack_into(data, 0, checksum_of_rest(view.checksummed, view.validator.salt))
 
 
 class BlockManager:
@@ -113,7 +110,7 @@ class BlockManager:
     def __init__(self, device: Device, *, cache_bytes: int | None = None, read_only: bool = False) -> None:
         self.device = device
         self.client = Client(
-            device, BLOCK_SIZE, reserved_buffers=16, write_callback=_prepare_for_write, cache_bytes=cache_bytes
+            device, BLOCK_SIZE, reserved_buffers=16, write_callback=complete_for_write, cache_bytes=cache_bytes
         )
         self.client.epoch = FIRST_EPOCH
         self.peek = self.client.peek

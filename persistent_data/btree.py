@@ -288,32 +288,13 @@ class BTree:
         buffer = leaf.buffer
         if buffer.aux is not leaf:
             return None
-        words = leaf.words
-        end = leaf.end
-        slot = bisect_right(words, key, FIRST_SLOT, end)
-        nr_max = leaf.max_entries
-        if slot > FIRST_SLOT and words[slot - 1] == key:
-            old = words[slot - 1 + nr_max]
-            words[slot - 1 + nr_max] = value
-            if not buffer.dirty:
-                buffer.mark_dirty()
-            value_type = self._last_type
-            if value_type.dec is not None and not (value_type.equal or _same)(old, value):
-                buffer.referenced = self._tm.bm.client.epoch
-                value_type.dec([old])
-            return False
-        nr_entries = leaf.nr_entries
-        if nr_entries == nr_max:
+        index = bisect_right(leaf.words, key, FIRST_SLOT, leaf.end) - FIRST_SLOT - 1
+        if leaf.nr_entries == leaf.max_entries and (index < 0 or leaf.words[FIRST_SLOT + index] != key):
             return None
-        if slot < end:
-            words[slot + 1 : end + 1] = words[slot:end]
-            words[slot + 1 + nr_max : end + 1 + nr_max] = words[slot + nr_max : end + nr_max]
-        words[slot] = key
-        words[slot + nr_max] = value
-        leaf.set_nr_entries(nr_entries + 1)
+        buffer.referenced = self._tm.bm.client.epoch
         if not buffer.dirty:
             buffer.mark_dirty()
-        return True
+        return self._put(leaf, index, key, value)
 
     def _descend_to_insert(
         self, block: int, key: int, value_type: ValueType, owner: Node | None, owner_index: int, finger: Finger | None
@@ -376,7 +357,7 @@ class BTree:
 
     def _put(self, leaf: Node, index: int, key: int, value: Value) -> bool:
         """Store an entry in a leaf that has room; *index* is that of the largest key not above *key*."""
-        if index < 0 or leaf.key(index) != key:
+        if index < 0 or leaf.words[FIRST_SLOT + index] != key:
             leaf.insert_at(index + 1, key, value)
             return True
         value_type = self._last_type

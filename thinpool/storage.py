@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from persistent_data.block_manager import BlockManager, Validator
+from persistent_data.block_manager import BlockManager, Validator, complete_for_write
 from persistent_data.btree import BTree, block_pointers
 from persistent_data.checksum import SUPERBLOCK_SALT
 from persistent_data.errors import CorruptMetadata
@@ -214,6 +214,6 @@ class Storage:
         view = self.bm.borrow(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
         self.superblock.flags = flags
         self.superblock.pack_into(view.data)
-        SUPERBLOCK_BLOCK.prepare(view)
+        complete_for_write(view.buffer)
         self.bm.device.pwrite(view.data, SUPERBLOCK_LOCATION * BLOCK_SIZE)
         self.bm.device.flush()

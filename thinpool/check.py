@@ -381,7 +381,7 @@ class _Check:
         if snap is not None:
             self._observer.accepted(main)
             yield from self._drain()
-            yield from self._check_snapshot_only(snap)
+            yield from self._check_snapshot_only(snap, (0, main.held_root))
         yield from self._drain()
 
     def _read_superblock(self, location: int) -> Superblock | None:
@@ -497,6 +497,7 @@ class _Check:
     # Trees
 
     def _check_pool(self, main: Superblock, snap: Superblock | None) -> Iterator[Finding]:
+        self._observer.stage(DETAILS_TREE)
         devices = self._device_trees(main, (0,))
         yield from self._drain()
         snap_devices: list[DeviceEntry] = []
@@ -525,9 +526,10 @@ class _Check:
         self._observer.stage(METADATA_SPACE_MAP)
         yield from self._metadata_space_map(main.metadata_root)
 
-    def _check_snapshot_only(self, snap: Superblock) -> Iterator[Finding]:
+    def _check_snapshot_only(self, snap: Superblock, path: tuple[int, ...]) -> Iterator[Finding]:
         self.prefix = SNAP_PREFIX
-        devices = self._device_trees(snap, (0,))
+        self._observer.stage(DETAILS_TREE)
+        devices = self._device_trees(snap, path)
         yield from self._drain()
         if not self._options.skip_mappings:
             self._observer.stage(MAPPING_TREE)
@@ -553,7 +555,6 @@ class _Check:
 
     def _device_trees(self, sb: Superblock, path: tuple[int, ...]) -> list[DeviceEntry]:
         """Read the details tree and the top level of the mapping tree; return the devices that the latter names."""
-        self._observer.stage(DETAILS_TREE)
         self._tree = DETAILS_TREE
         details = DetailsVisitor()
         details_summary = self._walk.walk(sb.device_details_root, DETAILS_KIND, details, path)

@@ -32,7 +32,7 @@ COMMAND = Command(
         Option("-q, --quiet", "No output, only an exit status"),
         Option("-m, --metadata-snap", "Check the metadata snapshot; the pool may be in use"),
         Option("--super-block-only", "Check the superblock and nothing else"),
-        Option("--skip-mappings", "Check the superblock and the device trees; no mappings, no space maps"),
+        Option("--skip-mappings", "Check the superblock and the two device trees only"),
         Option("--ignore-non-fatal-errors", "Succeed in spite of leaks and underfull nodes"),
         Option("--clear-needs-check-flag", "Clear the flag in the superblock if the check succeeds"),
         Option("--auto-repair", "(not available yet)"),
@@ -47,7 +47,7 @@ thin blocks that are hit.  Lines that begin with 'advisory:' do not make the che
 
 Exit status: 0 if the metadata is sound, 64 if it is not or cannot be checked.
 
-Example, for a volume group vg with an inactive pool whose metadata volume was swapped out to vg/meta:
+Example, after the metadata of an inactive pool has been swapped into the volume vg/meta:
   thin_check /dev/vg/meta
 """,
 )

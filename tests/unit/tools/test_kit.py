@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import subprocess
 import tomllib
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import pytest
 from tests.support.fixtures import image_path
 from tests.support.surgeon import Surgeon
 from tests.support.tools import ROOT, TOOLS, Result, command, run_process, run_tool
+from thinpool.version import VERSION
 from tools import _cli
 
 if TYPE_CHECKING:
@@ -69,13 +71,17 @@ def test_help_explains_everything_on_stdout(tool: str, option: str) -> None:
 
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_version_is_three_numbers_and_nothing_else(tool: str, option: str) -> None:
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        project = tomllib.load(file)["project"]
     result = run_tool(tool, option)
-    numbers = result.stdout.decode().removesuffix("\n").split(".")
     assert (result.status, result.stderr) == (0, "")
-    assert [number.isdigit() for number in numbers] == [True] * 3
-    assert "version" in project.get("dynamic", []) or ".".join(numbers) == project["version"]
+    assert re.fullmatch(rb"\d+\.\d+\.\d+\n", result.stdout)
+    assert result.stdout.decode().strip() == VERSION
+
+
+def test_the_package_takes_its_version_from_the_same_place(tool: str) -> None:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "thinpool.version.VERSION"}
 
 
 def test_version_may_be_asked_for_with_other_arguments(tool: str) -> None:

@@ -327,6 +327,7 @@ class PoolMetadata:
             self._begin()
             for handle in list(self._handles.values()):
                 handle.restore_committed()
+                self._drop_unless_in_use(handle)
         if isinstance(error, OSError) and not isinstance(error, ThinError):
             raise from_below(error) from error
         raise error
@@ -350,23 +351,27 @@ class PoolMetadata:
                     raise ThinError(-result, f"the pre-commit callback refused: {os.strerror(-result)}")
             self._storage.bm.begin_operation()
             try:
-                self._write_changed_details()
+                written = self._write_changed_details()
                 self._storage.commit(self._next_superblock())
             except BaseException as error:
                 self._fail(error)
+            for handle in written:
+                handle.note_commit()
+                if not handle.open_count:
+                    del self._handles[handle.dev]
             self._begin()
 
-    def _write_changed_details(self) -> None:
+    def _write_changed_details(self) -> list[Handle]:
         details = self._storage.trees.details
+        written = []
         for handle in reversed(list(self._handles.values())):
             if not handle.changed:
                 continue
             self._storage.bm.begin_operation()
             value = DEVICE_DETAILS.pack(*handle.details())
             self._details_root = details.insert(self._details_root, [handle.dev], value)
-            handle.note_commit()
-            if not handle.open_count:
-                del self._handles[handle.dev]
+            written.append(handle)
+        return written
 
     def _next_superblock(self) -> Superblock:
         sb = Superblock()
@@ -404,9 +409,9 @@ class PoolMetadata:
                 self._begin()
                 self._set_reserve()
                 for handle in list(self._handles.values()):
-                    handle.set_details(self._committed_details(handle.dev))
-                    if not handle.open_count:
-                        del self._handles[handle.dev]
+                    # One that was made since is gone, even where there was another device of that id before.
+                    handle.set_details(self._committed_details(handle.dev) if handle.is_committed else None)
+                    self._drop_unless_in_use(handle)
             except BaseException as error:
                 self._cannot_recover = True
                 self._failure = error
@@ -414,6 +419,13 @@ class PoolMetadata:
                 if isinstance(error, OSError):
                     raise from_below(error) from error
                 raise
+
+    def _drop_unless_in_use(self, handle: Handle) -> None:
+        """Forget a handle that nobody has open, or whose device is gone; calls of whoever has it open say so."""
+        if not handle.exists:
+            handle.aborted_with_changes = True
+        if not (handle.open_count and handle.exists):
+            del self._handles[handle.dev]
 
     def register_pre_commit_callback(self, callback: Callable[[], object] | None) -> None:
         """Have *callback* called first in each commit, to flush the data device, say.  It replaces the previous one.

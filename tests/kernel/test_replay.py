@@ -1,344 +1,18 @@
 """The same operations in a real kernel and in our engine give the same device: trees, block numbers, every byte.
 
-Compared after every commit that has a checkpoint: first the shape of each tree, because its differences are the
+Compared at every checkpoint, mostly after each commit: first the shape of each tree, because its differences are the
 easiest to read, then each live block, then the hash of the whole device, which covers stale slots and free blocks.
 """
 
-import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.test_golden_trace import RECORDED
-from tests.support import fixtures
+from tests.kernel import test_golden_trace
+from tests.kernel.sequences import RECORDED, SEQUENCES, Sequence, digest, golden_trace
 from tests.support.image import Image
-from tests.support.replay import (
-    Activate,
-    Checkpoint,
-    Commit,
-    CreateSnap,
-    CreateThin,
-    Deactivate,
-    Delete,
-    Discard,
-    Geometry,
-    Operation,
-    ReleaseMetadataSnap,
-    Reopen,
-    ReserveMetadataSnap,
-    ResizeData,
-    ResizeMetadata,
-    SetTransactionId,
-    Write,
-    replay_in_engine,
-    replay_in_kernel,
-)
-
-pytestmark = pytest.mark.kernel
-
-#: Writes in one transaction: so few that the kernel is done with them long before its timed commit.
-BATCH = 250
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A pool to begin with, and what is done to it."""
-
-    geometry: Geometry
-    operations: list[Operation]
-
-
-def committed(*operations: Operation) -> list[Operation]:
-    """The operations, a commit, a checkpoint."""
-    return [*operations, Commit(), Checkpoint()]
-
-
-def writes(dev: int, blocks: Iterable[int], checkpoint_every: int = 1) -> Iterator[Operation]:
-    """Writes to all the blocks in their order, in transactions of at most BATCH."""
-    source = iter(blocks)
-    for n in itertools.count(1):
-        batch = tuple(itertools.islice(source, BATCH))
-        if not batch:
-            return
-        yield Write(dev, batch)
-        yield Commit()
-        if n % checkpoint_every == 0:
-            yield Checkpoint()
-
-
-def new_device(dev: int) -> list[Operation]:
-    return [CreateThin(dev), Activate(dev)]
-
-
-# ---- the sequences
-
-
-def golden_trace() -> Sequence:
-    """The recorded trace, once more in a kernel: it proves the translation to pool operations."""
-    c = Checkpoint()
-    return Sequence(
-        Geometry(2048, 4096, settle=False),
-        [
-            *(c, Reopen(), CreateThin(0), c, Activate(0)),
-            *committed(Write(0, (0,))),
-            *committed(Write.to(0, range(1, 301))),
-            *committed(Write.to(0, range(1000, 800, -1))),
-            *(CreateSnap(1, 0), c),
-            *committed(Write(0, (5,))),
-            *committed(Write.to(0, range(0, 291, 10))),
-            *(CreateSnap(2, 1), CreateSnap(3, 1), c, Activate(1)),
-            *committed(Write(1, (7,))),
-            *committed(Discard(0, 100, 250)),
-            *(ReserveMetadataSnap(), c),
-            *committed(Write(0, (8,))),
-            *(ReleaseMetadataSnap(), c, Delete(2), c),
-            *committed(Discard(0, 0, 2000)),
-            *(SetTransactionId(0, 7), c, ResizeMetadata(4096), c),
-            *committed(Write(0, (3,))),
-            *(Reopen(), CreateThin(9), c),
-        ],
-    )
-
-
-def leaves_split_in_every_way() -> Sequence:
-    """Ascending, descending, interleaved and random inserts: split beneath, balancing, one to two, two to three."""
-    shuffled = list(range(20_000, 26_000, 2))
-    random.Random(1).shuffle(shuffled)
-    return Sequence(
-        Geometry(1024, 16384),
-        [
-            *new_device(0),
-            *writes(0, range(1500)),
-            *writes(0, range(9000, 7500, -1)),
-            *writes(0, range(10_000, 13_000, 3)),
-            *writes(0, range(10_001, 13_000, 3)),
-            *writes(0, shuffled),
-            *writes(0, range(20_001, 22_000, 2)),
-        ],
-    )
-
-
-def inner_nodes_split_and_merge() -> Sequence:
-    """On a tree of 120,000 mappings in three levels: random inserts, holes, a snapshot that shares the upper levels."""
-    rng = random.Random(2)
-    geometry = Geometry.of(fixtures.image("deep"))
-    top = 1 << 24
-    return Sequence(
-        geometry,
-        [
-            Activate(0),
-            *writes(0, (rng.randrange(top) for _ in range(1500)), 2),
-            *committed(*(Discard(0, b, b + 5000) for b in range(0, 200_000, 40_000))),
-            *committed(Discard(0, 4_000_000, 4_060_000)),
-            *(CreateSnap(5, 0), Checkpoint(), Activate(5)),
-            *writes(5, (rng.randrange(top) for _ in range(750))),
-            *committed(Discard(5, 8_000_000, 8_060_000)),
-            *writes(0, (rng.randrange(top) for _ in range(500))),
-            *committed(Deactivate(5), Delete(5)),
-        ],
-    )
-
-
-def sharing_is_broken_block_by_block() -> Sequence:
-    """Snapshots of snapshots, written to at random: counts beyond two in both maps, overflow trees grow and shrink."""
-    rng = random.Random(3)
-    operations: list[Operation] = [*new_device(0), *writes(0, range(700))]
-    for dev in range(1, 9):
-        operations += [CreateSnap(dev, rng.randrange(dev)), Checkpoint(), Activate(dev)]
-        operations += committed(Write(dev, tuple(rng.randrange(900) for _ in range(40))))
-        operations += committed(Write(rng.randrange(dev), tuple(rng.randrange(900) for _ in range(40))))
-    for dev in range(20, 26):
-        operations += [CreateSnap(dev, 0), Checkpoint()]
-    operations += committed(Write.to(0, range(0, 700, 3)))
-    for dev in (21, 3, 25, 7, 0, 22, 1, 20):
-        operations += [Deactivate(dev)] if dev < 9 else []
-        operations += [Delete(dev), Checkpoint()]
-    operations += committed(Write.to(2, range(300, 400)))
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-def overflow_trees_have_several_leaves() -> Sequence:
-    """Two thousand data blocks with three and more owners: the overflow tree splits, then merges away."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(1500))]
-    for dev in range(1, 5):
-        # One write in each leaf copies the leaf, and so counts every data block in it once more.
-        operations += [CreateSnap(dev, 0), Activate(dev), Write.to(dev, range(0, 1500, 60)), Commit(), Checkpoint()]
-    for dev in (2, 4, 1, 3):
-        operations += [*committed(Discard(dev, 100, 1400)), Deactivate(dev), Delete(dev), Checkpoint()]
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-def discards_empty_the_tree() -> Sequence:
-    """Single blocks and ranges removed until nothing is left: rebalancing, merging, the tree loses its levels."""
-    rng = random.Random(4)
-    operations: list[Operation] = [*new_device(0), *writes(0, range(3000), 4)]
-    singles = [rng.randrange(3000) for _ in range(300)]
-    for n in range(0, len(singles), 50):
-        operations += committed(*(Discard(0, b, b + 1) for b in singles[n : n + 50]))
-    operations += committed(Discard(0, 500, 900))
-    operations += committed(Discard(0, 2900, 5000), Discard(0, 0, 30))
-    operations += committed(*(Discard(0, b, b + 200) for b in range(1000, 2600, 400)))
-    operations += writes(0, range(600, 800))
-    operations += committed(*(Discard(0, b, b + 100) for b in range(2900, 0, -150)))
-    operations += committed(Discard(0, 40, 2800))
-    operations += committed(Discard(0, 0, 60_000))
-    operations += committed(Discard(0, 0, 10), Write(0, (77,)))
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-def discards_under_sharing() -> Sequence:
-    """Ranges removed from devices that share all or a part of their trees."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(2000), 4), CreateSnap(1, 0), Activate(1)]
-    operations += committed(Discard(0, 300, 700))
-    operations += committed(Discard(1, 500, 1200), Discard(1, 1500, 1501))
-    operations += [CreateSnap(2, 1), CreateSnap(3, 0), Activate(2), Activate(3), Checkpoint()]
-    operations += committed(Discard(2, 0, 3000))
-    operations += committed(Discard(3, 0, 150), Write.to(3, range(100, 200)), Discard(3, 1800, 1999))
-    operations += committed(Discard(0, 0, 1999))
-    operations += [Deactivate(1), Delete(1), Checkpoint()]
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-def root_with_a_single_shared_child_collapses() -> Sequence:
-    """Two leaves merge, a snapshot shares the root that is left with one child, then either device loses a block."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(400))]
-    # The descent that looks for one more mapping to remove finds 169 left in two leaves, and merges them.
-    operations += committed(Discard(0, 100, 331))
-    operations += [CreateSnap(1, 0), Activate(1), Checkpoint(), CreateSnap(2, 0), Checkpoint()]
-    operations += committed(Discard(0, 0, 1))
-    operations += committed(Discard(1, 5, 7), Discard(0, 10, 12))
-    operations += [Deactivate(0), Delete(0), Checkpoint(), Activate(2)]
-    operations += committed(Discard(2, 0, 500), Discard(1, 0, 3))
-    return Sequence(Geometry(512, 4096), operations)
-
-
-def many_devices_come_and_go() -> Sequence:
-    """Enough devices, in mixed order, that the details tree and the top level split; most are deleted again."""
-    order = list(range(0, 900, 3))
-    random.Random(5).shuffle(order)
-    operations: list[Operation] = []
-    for n, dev in enumerate(order, 1):
-        operations += [CreateThin(dev)]
-        if n % 4 == 0:
-            operations += [Activate(dev), Write(dev, (n, n + 7)), Commit(), Deactivate(dev)]
-        if n % 20 == 0:
-            operations += [CreateSnap(1000 + n, dev), Checkpoint()]
-    for n, dev in enumerate(order[:270], 1):
-        operations += [Delete(dev)] + [Checkpoint()] * (n % 15 == 0)
-    operations += [CreateThin(1), CreateThin(16_777_215), Checkpoint()]
-    return Sequence(Geometry(2048, 16384), operations)
-
-
-def metadata_snapshot_is_held_across_changes() -> Sequence:
-    """Reserved, then every kind of change, a reopen, release; and once more with nothing in between."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(600)), *new_device(1)]
-    operations += [*committed(Write(1, (1, 2, 3))), ReserveMetadataSnap(), Checkpoint()]
-    operations += committed(Write.to(0, range(590, 640)))
-    operations += [CreateSnap(2, 0), Checkpoint(), Activate(2)]
-    operations += committed(Write.to(2, range(0, 600, 40)), Discard(0, 100, 130))
-    operations += [Deactivate(1), Delete(1), Checkpoint(), CreateThin(1), Checkpoint()]
-    operations += [Reopen(), SetTransactionId(0, 1), Checkpoint(), Activate(0)]
-    operations += committed(Write.to(0, range(2000, 2040)))
-    operations += [ReleaseMetadataSnap(), Checkpoint(), ReserveMetadataSnap(), Checkpoint()]
-    operations += [ReleaseMetadataSnap(), Checkpoint(), *committed(Write(0, (5000,)))]
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-def data_device_grows() -> Sequence:
-    """By less than a bitmap, past the second one, and to 140 bitmaps, more than the index cache has slots for."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(250))]
-    operations += [ResizeData(1500), Checkpoint(), *writes(0, range(250, 900))]
-    operations += [ResizeData(40_000), Checkpoint(), *writes(0, range(900, 1700))]
-    operations += [ResizeData(140 * 16320 - 5), Checkpoint(), *writes(0, range(1700, 2200))]
-    operations += [*committed(Discard(0, 0, 1200)), Reopen(), Activate(0), *writes(0, range(3000, 3300))]
-    return Sequence(Geometry(1024, 1000), operations)
-
-
-def metadata_device_grows() -> Sequence:
-    """Within a bitmap, then past its end, in use; allocation stays in the new part until the pool is reopened."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(400))]
-    operations += [ResizeMetadata(700), Checkpoint(), *writes(0, range(1000, 1500))]
-    operations += [CreateSnap(1, 0), ResizeMetadata(17_000), Checkpoint(), *writes(0, range(1200, 1800))]
-    operations += [Reopen(), Checkpoint(), Activate(1), *writes(1, range(200))]
-    operations += [Deactivate(1), Delete(1), Checkpoint()]
-    return Sequence(Geometry(256, 16384), operations)
-
-
-def allocation_wraps_around() -> Sequence:
-    """A small data device filled, partly freed and filled again: the cursor wraps, and restarts when reopened."""
-    operations: list[Operation] = [*new_device(0), *writes(0, range(700))]
-    operations += committed(Discard(0, 100, 300))
-    operations += committed(Discard(0, 500, 520), *(Discard(0, b, b + 1) for b in range(310, 400, 5)))
-    operations += [*writes(0, range(2000, 2320)), Reopen(), Activate(0)]
-    operations += [*committed(Discard(0, 2300, 2310), Discard(0, 0, 3)), *writes(0, range(4000, 4009))]
-    return Sequence(Geometry(512, 1040), operations)
-
-
-def random_walk() -> Sequence:
-    """Two hundred operations at random, with everything that the pool target has a message for."""
-    rng = random.Random(6)
-    devices: dict[int, bool] = {}
-    operations: list[Operation] = []
-    held = False
-    transaction_id = 0
-    for n in range(200):
-        pick = rng.random()
-        dev = rng.choice(list(devices)) if devices else 0
-        if len(devices) < 3 or pick < 0.08:
-            devices[1000 + n * 7 % 200] = False
-            operations += [CreateThin(1000 + n * 7 % 200), Checkpoint()]
-        elif pick < 0.20:
-            devices[2000 + n] = False
-            operations += [CreateSnap(2000 + n, dev), Checkpoint()]
-        elif pick < 0.27 and len(devices) > 4:
-            if devices.pop(dev):
-                operations += [Deactivate(dev)]
-            operations += [Delete(dev), Checkpoint()]
-        elif pick < 0.30:
-            operations += [SetTransactionId(transaction_id, transaction_id + 3), Checkpoint()]
-            transaction_id += 3
-        elif pick < 0.34:
-            operations += [ReleaseMetadataSnap() if held else ReserveMetadataSnap(), Checkpoint()]
-            held = not held
-        elif pick < 0.36:
-            devices = dict.fromkeys(devices, False)
-            operations += [Reopen()]
-        elif devices[dev] and pick < 0.42:
-            devices[dev] = False
-            operations += [Deactivate(dev)]
-        else:
-            if not devices[dev]:
-                devices[dev] = True
-                operations += [Activate(dev)]
-            begin = rng.randrange(1500)
-            if pick < 0.60:
-                operations += committed(Discard(dev, begin, begin + rng.choice([1, 5, 100, 400])))
-            elif pick < 0.80:
-                operations += committed(Write.to(dev, range(begin, begin + rng.randrange(1, 150))))
-            else:
-                operations += committed(Write(dev, tuple(rng.randrange(1500) for _ in range(rng.randrange(1, 100)))))
-    return Sequence(Geometry(1024, 16384), operations)
-
-
-SEQUENCES: list[Callable[[], Sequence]] = [
-    golden_trace,
-    leaves_split_in_every_way,
-    inner_nodes_split_and_merge,
-    sharing_is_broken_block_by_block,
-    overflow_trees_have_several_leaves,
-    discards_empty_the_tree,
-    discards_under_sharing,
-    root_with_a_single_shared_child_collapses,
-    many_devices_come_and_go,
-    metadata_snapshot_is_held_across_changes,
-    data_device_grows,
-    metadata_device_grows,
-    allocation_wraps_around,
-    random_walk,
-]
+from tests.support.replay import Checkpoint, replay_in_engine, replay_in_kernel
 
 
 def assert_same_device(kernel: Image, engine: Image, where: str) -> None:
@@ -352,7 +26,19 @@ def assert_same_device(kernel: Image, engine: Image, where: str) -> None:
     assert engine.sha256() == kernel.sha256(), where
 
 
-@pytest.mark.parametrize("make", SEQUENCES, ids=lambda make: make.__name__)
+every_sequence = pytest.mark.parametrize("make", SEQUENCES, ids=lambda make: make.__name__)
+
+
+@every_sequence
+def test_engine_writes_the_device_that_the_kernel_was_recorded_to_write(
+    make: Callable[[], Sequence], tmp_path: Path
+) -> None:
+    sequence = make()
+    assert digest(replay_in_engine(sequence.geometry, sequence.operations, tmp_path)) == RECORDED[make.__name__]
+
+
+@pytest.mark.kernel
+@every_sequence
 def test_kernel_and_engine_write_the_same_device(make: Callable[[], Sequence], tmp_path: Path) -> None:
     sequence = make()
     by_kernel = replay_in_kernel(sequence.geometry, sequence.operations, tmp_path)
@@ -362,11 +48,13 @@ def test_kernel_and_engine_write_the_same_device(make: Callable[[], Sequence], t
     for kernel, engine, end in zip(by_kernel, by_engine, ends, strict=True):
         recent = sequence.operations[max(0, end - 3) : end]
         assert_same_device(kernel, engine, f"after operation {end}, {recent}")
+    assert digest(by_kernel) == RECORDED[make.__name__]
 
 
+@pytest.mark.kernel
 def test_the_pool_target_reproduces_the_recorded_trace(tmp_path: Path) -> None:
     """The hashes in ``test_golden_trace.py`` are what this kernel writes today."""
     sequence = golden_trace()
     images = replay_in_kernel(sequence.geometry, sequence.operations, tmp_path)
     hashes = [Image(i.blocks, max(2048, i.superblock().metadata_map.nr_blocks)).sha256()[:16] for i in images]
-    assert hashes == [step.sha256 for step in RECORDED[1:]]
+    assert hashes == [step.sha256 for step in test_golden_trace.RECORDED[1:]]

@@ -439,6 +439,48 @@ def test_a_kernel_that_zeroes_new_blocks_reads_zeros_behind_what_it_wrote(direct
         kernel.write(0, range(0, 100, 2))
 
 
+def test_metadata_snapshot_that_the_kernel_took_shows_us_the_pool_of_that_time(directory: Path) -> None:
+    """What the kernel changes afterwards, down to deleted devices and freed blocks, is not in it."""
+    world = World(directory)
+    with world.kernel() as kernel:
+        kernel.create(0)
+        kernel.write(0, range(400))
+        kernel.snap(1, 0)
+        kernel.create(2)
+        kernel.reserve()
+        then = {dev: set(blocks) for dev, blocks in world.devices.items()}
+        kernel.write(0, range(380, 500))
+        kernel.discard(1, 0, 250)
+        kernel.delete(2)
+        kernel.snap(3, 1)
+    with PoolMetadata.open_metadata_snap(world.meta) as pool:
+        assert pool.devices().keys() == then.keys()
+        for dev, blocks in then.items():
+            with pool.open_thin_device(dev) as thin:
+                assert {run.thin_begin + i for run in thin.mappings() for i in range(run.length)} == blocks
+    image = Image.load(world.meta)
+    copy = image.superblock(image.superblock().held_root)
+    assert {dev: set(blocks) for dev, blocks in image.mappings(copy).items()} == then
+
+
+def test_metadata_snapshot_that_we_took_is_the_kernels_to_release(directory: Path) -> None:
+    world = World(directory)
+    with world.ours() as leg:
+        leg.create(0)
+        leg.write(0, range(300))
+        leg.reserve()
+        leg.discard(0, 0, 300)
+        held = leg.pool.metadata_snap
+    with world.kernel() as kernel:
+        kernel.statuses.append(kernel.steps.add("status"))
+        first = kernel.statuses[-1]
+        kernel.fails(kernel.steps.message("reserve_metadata_snap"), errno.EBUSY)
+        kernel.release()
+        kernel.fails(kernel.steps.message("release_metadata_snap"), errno.EINVAL)
+        kernel.reserve()
+    assert f" {held} rw" in kernel.values[first]
+
+
 # ---- no space left
 
 

@@ -50,7 +50,7 @@ from thinpool.thin_device import ThinDevice
 THIN_BLOCKS = 1 << 36
 
 #: Attempts before a machine that is too slow for the kernel's timed commits is given up on.
-ATTEMPTS = 4
+ATTEMPTS = 6
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Sequences of pool operations for ``test_replay.py``, and what a kernel made of them.
 
 Each aims at one part of the algorithms that decide which block goes where.  ``RECORDED`` has, for each, a hash over
-the device at every checkpoint, taken from Linux 6.1.176: with it the engine is compared where no kernel can be booted.  The sequences must therefore
-stay as they are; ``random.Random`` gives the same numbers in every Python from 3.11 on.
+the device at every checkpoint, taken from Linux 6.1.176: with it the engine is compared where no kernel can be booted.
+A sequence that is changed has to be recorded again.  (``random.Random`` gives the same numbers in every Python from
+3.11 on.)
 """
 
 import hashlib

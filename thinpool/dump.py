@@ -10,7 +10,14 @@ from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from persistent_data.btree_walk import FIRST_KEY_LOW, LAST_KEY_HIGH, MAX_DEPTH, TOO_DEEP, UNEVEN_DEPTH
+from persistent_data.btree_walk import (
+    FIRST_KEY_LOW,
+    LAST_KEY_HIGH,
+    MAX_DEPTH,
+    TOO_DEEP,
+    UNEVEN_DEPTH,
+    UNEVEN_GEOMETRY,
+)
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
 from thinpool.errors import Corrupt
@@ -107,6 +114,25 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     visitor.end_superblock()
 
 
+class _Subtree:
+    """An internal node and what is below it.
+
+    :ivar height: levels below it
+    :ivar first: its first key
+    :ivar last: its last key
+    :ivar chunks: numbers of the chunks below
+    """
+
+    __slots__ = ("chunks", "first", "height", "last", "max_entries")
+
+    def __init__(self, node: Node, height: int, chunks: array[int]) -> None:
+        self.first = node.keys[0]
+        self.last = node.keys[-1]
+        self.max_entries = node.max_entries
+        self.height = height
+        self.chunks = chunks
+
+
 class _Leaves:
     """The leaves of all devices to be dumped, in order of keys, and how they follow each other.
 
@@ -133,8 +159,11 @@ class _Leaves:
         self._chunks: list[array[int]] = []
         self._devices: list[array[int]] = []
         self._entries: list[DeviceEntry] = []
-        self._subtrees: dict[int, tuple[int, int, int, array[int]]] = {}
-        """Of each internal node: its height, its first and last key, its chunks."""
+        self._subtrees: dict[int, _Subtree] = {}
+        self.geometry = array("H")
+        """max_entries of each leaf, once it has been read."""
+        self._even_chunks: set[int] = set()
+        """Chunks whose leaves have the same max_entries."""
 
     # Gathering
 
@@ -179,18 +208,17 @@ class _Leaves:
                 return array("I", [self._add_chunk((block,), (low,), high, True)])
             if height is None:
                 height = self._measure(node, path)
-            known = self._children(node, height, path, low, high)
+            known = _Subtree(node, height, self._children(node, height, path, high))
             self._subtrees[block] = known
-        found, first, last, chunks = known
-        if height is not None and found != height:
-            self._refuse(Fault(UNEVEN_DEPTH, f"{found} levels below it instead of {height}"), path, low, high)
-        if first < low:
-            self._refuse(Fault(FIRST_KEY_LOW, f"key {first}, where the parent says {low}"), path, low, high)
-        if last > high:
-            self._refuse(Fault(LAST_KEY_HIGH, f"key {last}, where the parent ends at {high}"), path, low, high)
-        last_leaf = self._chunks[chunks[-1]][-1]
+        if height is not None and known.height != height:
+            self._refuse(Fault(UNEVEN_DEPTH, f"{known.height} levels below it instead of {height}"), path, low, high)
+        if known.first < low:
+            self._refuse(Fault(FIRST_KEY_LOW, f"key {known.first}, where the parent says {low}"), path, low, high)
+        if known.last > high:
+            self._refuse(Fault(LAST_KEY_HIGH, f"key {known.last}, where the parent ends at {high}"), path, low, high)
+        last_leaf = self._chunks[known.chunks[-1]][-1]
         self.highest[last_leaf] = min(self.highest[last_leaf], high)
-        return chunks
+        return known.chunks
 
     def _measure(self, node: Node, path: tuple[int, ...]) -> int:
         """Return the height of an internal root: the way down to the first leaf."""
@@ -204,9 +232,8 @@ class _Leaves:
             node = self._read(child, False, path, 0, _MAX_KEY)
         return height
 
-    def _children(
-        self, node: Node, height: int, path: tuple[int, ...], low: int, high: int
-    ) -> tuple[int, int, int, array[int]]:
+    def _children(self, node: Node, height: int, path: tuple[int, ...], high: int) -> array[int]:
+        """Return the chunks below a node whose keys do not go beyond *high*."""
         keys = node.keys
         children = node.numbers()
         if height == 1:
@@ -214,13 +241,16 @@ class _Leaves:
                 if not 0 < child < self._pool.nr_blocks:
                     fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {child} of {self._pool.nr_blocks}")
                     self._refuse(fault, path, keys[i], high)
-            chunks = array("I", [self._add_chunk(children, keys, high, False)])
-        else:
-            chunks = array("I")
-            for i, child in enumerate(children):
-                bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
-                chunks += self._subtree(child, height - 1, (*path, child), keys[i], bound)
-        return height, keys[0], keys[-1], chunks
+            return array("I", [self._add_chunk(children, keys, high, False)])
+        chunks = array("I")
+        for i, child in enumerate(children):
+            bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
+            child_path = (*path, child)
+            chunks += self._subtree(child, height - 1, child_path, keys[i], bound)
+            found, wanted = self._subtrees[child].max_entries, self._subtrees[children[0]].max_entries
+            if found != wanted:
+                self._refuse(Fault(UNEVEN_GEOMETRY, f"{found} instead of {wanted}"), child_path, keys[i], bound)
+        return chunks
 
     def _add_chunk(self, leaves: tuple[int, ...], keys: tuple[int, ...], high: int, is_root: bool) -> int:
         numbers = array("I")
@@ -234,6 +264,7 @@ class _Leaves:
                 self.lowest.append(keys[i])
                 self.highest.append(bound)
                 self.is_root.append(is_root)
+                self.geometry.append(0)
             else:
                 self.lowest[number] = max(self.lowest[number], keys[i])
                 self.highest[number] = min(self.highest[number], bound)
@@ -303,6 +334,24 @@ class _Leaves:
         heads = [leaf for leaf in range(len(self.blocks)) if self.is_shared(leaf) and self.is_head(leaf)]
         return sorted(heads, key=self.blocks.__getitem__)
 
+    def check_geometry(self, number: int, entry: DeviceEntry) -> None:
+        """Compare max_entries of the leaves of a device, all of which have been read, with those of their siblings.
+
+        :raises Corrupt: they differ, so some values are not where they were looked for
+        """
+        for chunk in self._devices[number]:
+            if chunk in self._even_chunks:
+                continue
+            leaves = self._chunks[chunk]
+            wanted = self.geometry[leaves[0]]
+            for leaf in leaves:
+                if self.geometry[leaf] != wanted:
+                    fault = Fault(UNEVEN_GEOMETRY, f"{self.geometry[leaf]} instead of {wanted}")
+                    path, dev_id = self.locate(leaf, entry)
+                    damage = Damage(fault, path, self.lowest[leaf], self.highest[leaf] + 1)
+                    self._pool.refuse(damage, MAPPING_TREE, dev_id)
+            self._even_chunks.add(chunk)
+
     def locate(self, leaf: int, entry: DeviceEntry | None) -> tuple[tuple[int, ...], int]:
         """Return the way to a leaf and the id of a device it belongs to: *entry*, or the first one to have it."""
         if entry is None:
@@ -366,6 +415,7 @@ class _Emitter:
                 found += self._part_sizes[leaf]
                 self._visitor.shared(leaves.blocks[leaf])
         found += self._stream(iter(own), entry)
+        leaves.check_geometry(number, entry)
         if found != entry.mapped_blocks:
             message = (
                 f"Thin device {entry.dev_id} has unexpected number of mappings, "
@@ -413,6 +463,7 @@ class _Emitter:
             path, dev_id = self._leaves.locate(leaf, entry)
             self._pool.refuse(Damage(fault, path, low, max(low, high) + 1), MAPPING_TREE, dev_id)
         assert node is not None
+        leaves.geometry[leaf] = node.max_entries
         return node
 
     def _check_content(self, node: Node, low: int, high: int, faults: list[Fault]) -> None:

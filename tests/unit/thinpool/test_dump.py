@@ -194,6 +194,19 @@ def test_a_leaf_is_held_against_the_keys_of_all_its_parents() -> None:
     assert caught.value.block == last.children[place]
 
 
+@pytest.mark.parametrize("level", ["leaf", "internal"])
+def test_siblings_of_different_geometry_are_refused(level: str) -> None:
+    """A wrong max_entries moves the place where the values are looked for."""
+    surgeon = Surgeon(image("deep"))
+    (dev_id,) = surgeon.image.devices()
+    node = surgeon.image.node(surgeon.image.node(surgeon.device_root(dev_id)).children[1])
+    block = node.children[3] if level == "leaf" else node.number
+    surgeon.keep(block, 100, max_entries=249)
+    with pytest.raises(Corrupt, match="max_entries differs") as caught:
+        record(surgeon.device())
+    assert caught.value.block == block
+
+
 def test_a_wide_fan_of_one_child_is_refused_at_once() -> None:
     """252 pointers to the same node on each of several levels would be 252 to the power of that many leaves."""
     surgeon = Surgeon(image("deep"))

@@ -6,6 +6,7 @@ for each leaf; never the mappings.
 
 from __future__ import annotations
 
+import errno
 from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from persistent_data.btree_walk import (
 )
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
-from thinpool.errors import Corrupt
+from thinpool.errors import Corrupt, ThinError
 from thinpool.ir import Device, Superblock
 from thinpool.layout import TIME_BITS, TIME_MASK
 from thinpool.pool_reader import PoolReader
@@ -46,11 +47,12 @@ class Options:
     """What to dump.
 
     :ivar metadata_snap: the metadata snapshot in place of the pool
+    :ivar snap_block: the metadata block at which that snapshot must be, None for wherever it is
     :ivar skip_mappings: devices only
     :ivar dev_ids: devices to dump, None for all; ids that the pool has not are passed over
     """
 
-    __slots__ = ("dev_ids", "metadata_snap", "skip_mappings")
+    __slots__ = ("dev_ids", "metadata_snap", "skip_mappings", "snap_block")
 
     def __init__(
         self,
@@ -58,10 +60,12 @@ class Options:
         metadata_snap: bool = False,
         skip_mappings: bool = False,
         dev_ids: Collection[int] | None = None,
+        snap_block: int | None = None,
     ) -> None:
         self.metadata_snap = metadata_snap
         self.skip_mappings = skip_mappings
         self.dev_ids = dev_ids
+        self.snap_block = snap_block
 
 
 def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None = None) -> None:
@@ -71,11 +75,14 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     verified as they are read, so damage in a leaf ends a dump midway.
 
     :raises Corrupt: at the first damage
-    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none
+    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block
     :raises OSError: the device cannot be read
     """
     options = options or Options()
     pool = PoolReader(device, options.metadata_snap)
+    if options.snap_block is not None and pool.location != options.snap_block:
+        message = f"metadata snapshot does not match that in superblock, which is at block {pool.location}"
+        raise ThinError(errno.EINVAL, message)
     devices = pool.devices()
     if options.dev_ids is not None:
         devices = [entry for entry in devices if entry.dev_id in options.dev_ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from thinpool.dump import Options, dump
 from thinpool.xml_format import XmlWriter
@@ -114,10 +114,12 @@ class _Output:
 def _run(arguments: Arguments) -> int:
     metadata_snap = arguments.has("--metadata-snap")
     wanted = arguments.all("--dev-id")
+    snap_block = cast("int | None", arguments.last("--metadata-snap"))
     options = Options(
         metadata_snap=metadata_snap,
         skip_mappings=arguments.has("--skip-mappings"),
-        dev_ids={int(str(dev_id)) for dev_id in wanted} if wanted else None,
+        dev_ids=cast("set[int]", set(wanted)) if wanted else None,
+        snap_block=snap_block,
     )
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
         output = _Output(arguments.last("--output"), device)

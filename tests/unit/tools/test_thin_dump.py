@@ -123,6 +123,12 @@ def test_the_metadata_snapshot_is_dumped(tmp_path: Path, option: str) -> None:
     assert result == Result(0, answer("metadata_snapshot", "metasnap.xml"), "")
 
 
+def test_a_metadata_snapshot_at_another_block_is_refused(tmp_path: Path) -> None:
+    result = dump("-m=38", image_path("metadata_snapshot", tmp_path))
+    assert (result.status, result.stdout) == (64, b"")
+    assert result.stderr == "metadata snapshot does not match that in superblock, which is at block 39\n"
+
+
 def test_mappings_can_be_skipped(tmp_path: Path) -> None:
     result = dump("--skip-mappings", image_path("leaf_flipped", tmp_path))
     assert result.status == 0

@@ -415,7 +415,8 @@ class BTree:
         """
         key = keys[-1]
         count = 0
-        while key < end:
+        # As the kernel does it, the end is found by going down once more, which may even out nodes once more.
+        while key < KEY_LIMIT:
             self._tm.bm.begin_operation()
             try:
                 leaf, index, root = self._descend_to_remove(root, [*keys[:-1], key], exact=False)

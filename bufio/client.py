@@ -178,10 +178,10 @@ class Client:
         with self._lock:
             fresh = []
             for number in range(block, min(block + n_blocks, self.device_size)):
+                if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
+                    break
                 if number in self._table:
                     continue
-                if self._core.nr_buffers >= self._limit and not self._evict_one():
-                    break
                 buffer = self._create(number)
                 buffer.reading = True
                 fresh.append(buffer)
@@ -290,16 +290,13 @@ class Client:
                 buffer.holders.clear()
                 self._rekey(buffer, new_block)
                 return
-            number = buffer.block_number
-            copy = bytearray(buffer.data)
             self._lock.release()
             try:
-                self.device.pwrite(copy, self._offset + new_block * self.block_size)
+                self.device.pwrite(buffer.data, self._offset + new_block * self.block_size)
             finally:
                 self._lock.acquire()
             self._core.counters.writes += 1
             self._core.counters.bytes_written += self.block_size
-            assert buffer.block_number == number
             self._drop_hold(buffer)
 
     def move(self, buffer: Buffer, new_block: int) -> None:
@@ -525,6 +522,17 @@ class Client:
         self._core.destroy(self._table, buffer)
         self._core.counters.evictions += 1
         return True
+
+    def _make_room(self) -> bool:
+        """Evict a buffer for one that is read ahead.  Gives the lock up while it writes.
+
+        Dirty buffers are written as soon as they are half of all: where few clean ones are left, each block read ahead
+        would push out one that was read ahead before it, and whoever waits for both would never get them.
+        """
+        core = self._core
+        if len(core.dirty) >= len(core.clean):
+            self._write_back(core.oldest_dirty(WRITE_BACK_BATCH, self.epoch))
+        return self._evict_one()
 
     def _trim(self) -> None:
         while self._core.nr_buffers > self._limit:

@@ -7,7 +7,9 @@ from the last commit to the next.  Source: docs/design.md; docs/api.md.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import stat
 import threading
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
@@ -15,7 +17,7 @@ from sortedcontainers import SortedDict
 
 from bufio import FileDevice
 from persistent_data.errors import KeyNotFound, NoFreeBlock, NoFreeMetadataBlock
-from persistent_data.layout import MAX_METADATA_BLOCKS
+from persistent_data.layout import BLOCK_SIZE, MAX_METADATA_BLOCKS
 from thinpool.errors import (
     Corrupt,
     DeviceBusy,
@@ -937,7 +939,9 @@ def _as_device(
 ) -> tuple[Device, bool]:
     """Return a device for whatever names one, and whether it was opened here."""
     if isinstance(source, str | os.PathLike):
-        return FileDevice(source, read_only=read_only, exclusive=exclusive), True
+        # The kernel changes metadata behind the page cache, which can therefore be out of date for a block device.
+        direct = os.path.exists(source) and stat.S_ISBLK(os.stat(source).st_mode)
+        return FileDevice(source, read_only=read_only, exclusive=exclusive, direct=direct), True
     if hasattr(source, "size_bytes"):
         return cast("Device", source), False
     return FileDevice.of_open_file(source), True
@@ -948,12 +952,12 @@ def _is_unformatted(device: Device) -> bool:
 
     :raises ThinError: the device has not even one block
     """
-    size = 4096
-    if device.size_bytes < size:
+    if device.size_bytes < BLOCK_SIZE:
         raise ThinError(errno.EINVAL, f"{device.size_bytes} bytes are too few for metadata")
-    block = bytearray(size)
-    device.readinto(block, SUPERBLOCK_LOCATION)
-    return not any(block)
+    # A map of its own is aligned, as direct access wants it.
+    block = memoryview(mmap.mmap(-1, BLOCK_SIZE))
+    device.readinto(block, SUPERBLOCK_LOCATION * BLOCK_SIZE)
+    return block == bytes(BLOCK_SIZE)
 
 
 def _named(device: Device, error: ThinError) -> ThinError:

@@ -205,8 +205,8 @@ class ShadowSpine(ReadSpine):
             self.child(parent, index, value_type.size)
         elif buffer.aux.__class__ is Node:
             # The two usual cases, without the calls that the others need.
+            buffer.referenced = self._client.epoch
             if block in self._exclusive:
-                buffer.referenced = self._client.epoch
                 if not buffer.dirty:
                     self._client.mark_dirty(buffer)
                 return buffer.aux

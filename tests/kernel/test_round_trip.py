@@ -427,16 +427,22 @@ def test_mappings_made_by_the_bulk_calls_are_the_kernels_too(directory: Path) ->
         kernel.discard(1, 1000, 1100)
 
 
-def test_a_kernel_that_zeroes_new_blocks_reads_zeros_behind_what_it_wrote(directory: Path) -> None:
-    world = World(directory)
+def test_a_kernel_that_zeroes_new_blocks_finds_ours_as_we_left_them(directory: Path) -> None:
+    """It zeroes the blocks that it allocates, not those that it finds mapped."""
+    world = World(directory, data_blocks=200)
+    with world.data.open("r+b") as data:
+        for n in range(200):
+            data.seek(n * 65536)
+            data.write(b"old" * 1000)
     with world.ours() as leg:
         leg.create(0)
-        leg.write(0, range(100))
-        leg.discard(0, 0, 100)
-    with world.kernel() as kernel:
-        kernel.features = ()
-        kernel.steps.steps[1][1]["features"] = []
-        kernel.write(0, range(0, 100, 2))
+        leg.write(0, range(50))
+    with world.kernel("no_discard_passdown") as kernel:
+        kernel.write(0, range(50, 100))
+        kernel_made = kernel.steps.add("rest_is_zero", dev=0, blocks=[[50, 100]])
+        we_made = kernel.steps.add("rest_is_zero", dev=0, blocks=[[0, 1]])
+    assert kernel.values[kernel_made] is True
+    assert kernel.values[we_made] is False
 
 
 def test_metadata_snapshot_that_the_kernel_took_shows_us_the_pool_of_that_time(directory: Path) -> None:
@@ -491,7 +497,7 @@ def test_kernel_finds_no_free_data_block_where_we_found_none(directory: Path) ->
         leg.write(0, range(300))
         with pytest.raises(OutOfSpace):
             leg.pool.alloc_data_block()
-    with world.kernel("error_if_no_space") as kernel:
+    with world.kernel("skip_block_zeroing", "error_if_no_space") as kernel:
         kernel.fails(kernel.steps.write(0, [400], kernel.seed, size=512), errno.ENOSPC)
         kernel.discard(0, 0, 50)
         kernel.commit()

@@ -105,7 +105,10 @@ class World:
 
     @contextmanager
     def kernel(self, *features: str) -> Iterator[KernelLeg]:
-        """Change the pool in a kernel, which first reads every block of every device; at the end it is verified."""
+        """Change the pool in a kernel, which first reads every block of every device; at the end it is verified.
+
+        :param features: of the pool's table, in place of ``skip_block_zeroing``
+        """
         leg = KernelLeg(self, *features)
         yield leg
         leg.finish()
@@ -388,7 +391,7 @@ class KernelLeg(Leg):
 
     def __init__(self, world: World, *features: str) -> None:
         super().__init__(world)
-        self.features = ("skip_block_zeroing", *features)
+        self.features = features or ("skip_block_zeroing",)
         self.steps = Steps()
         self.status = b""
         self.expected_errors: dict[int, int] = {}

@@ -264,6 +264,16 @@ class Agent:
                 runs.append([kind, block, 1, number, seed])
         return runs
 
+    def rest_is_zero(self, dev: int, blocks: list[list[int]]) -> bool:
+        """Whether everything behind the first sector of each of the blocks reads as zeros."""
+        disk = self.thins[dev].disk
+        length = self.block_bytes - SECTOR
+        return all(
+            disk.read(block * self.block_bytes + SECTOR, length) == bytes(length)
+            for begin, end in blocks
+            for block in range(begin, end)
+        )
+
     # ---- what is on the disk
 
     def checkpoint(self) -> None:

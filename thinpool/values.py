@@ -28,6 +28,12 @@ def block_times(data_map: SpaceMap) -> ValueType:
             data_map.inc(begin, end)
 
     def dec(values: list[Value]) -> None:
+        if len(values) == 1:
+            (value,) = values
+            assert isinstance(value, int)
+            block = value >> TIME_BITS
+            data_map.dec(block, block + 1)
+            return
         for begin, end in runs(_data_blocks(values)):
             data_map.dec(begin, end)
 

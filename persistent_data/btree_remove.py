@@ -46,8 +46,7 @@ def _replace_by_child(spine: ShadowSpine, node: Node, value_type: ValueType) -> 
 
 
 def _rebalance_two(spine: ShadowSpine, parent: Node, index: int, value_type: ValueType) -> None:
-    left = spine.shadow_child(parent, index, value_type)
-    right = spine.shadow_child(parent, index + 1, value_type)
+    left, right = spine.shadow_children(parent, index, 2, value_type)
     _check_geometry(left, right)
     _even_out_two(spine, parent, index, left, right)
 
@@ -66,9 +65,7 @@ def _even_out_two(spine: ShadowSpine, parent: Node, index: int, left: Node, righ
 
 
 def _rebalance_three(spine: ShadowSpine, parent: Node, index: int, value_type: ValueType) -> None:
-    left = spine.shadow_child(parent, index, value_type)
-    center = spine.shadow_child(parent, index + 1, value_type)
-    right = spine.shadow_child(parent, index + 2, value_type)
+    left, center, right = spine.shadow_children(parent, index, 3, value_type)
     _check_geometry(left, center, right)
     least = left.max_entries // 3
     if left.nr_entries + center.nr_entries + right.nr_entries < 4 * least + 1:
@@ -100,6 +97,8 @@ def _even_out_three(left: Node, center: Node, right: Node) -> None:
     total = left.nr_entries + center.nr_entries + right.nr_entries
     to_right = total // 3
     to_left = to_right + (1 if total % 3 else 0)
+    if left.nr_entries == to_left and right.nr_entries == to_right:
+        return
     if left.nr_entries < right.nr_entries:
         short = to_left - left.nr_entries
         if short > center.nr_entries:

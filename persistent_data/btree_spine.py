@@ -219,6 +219,23 @@ class ShadowSpine(ReadSpine):
         parent.words[slot] = node.buffer.block_number
         return node
 
+    def shadow_children(self, parent: Node, index: int, count: int, value_type: ValueType) -> list[Node]:
+        """Shadow *count* children of *parent* from *index* on, left to right."""
+        first = FIRST_SLOT + parent.max_entries + index
+        epoch = self._client.epoch
+        nodes = []
+        for at in range(count):
+            block = parent.words[first + at]
+            buffer = self._peek(block) if block in self._exclusive else None
+            if buffer is None or buffer.aux.__class__ is not Node:
+                nodes.append(self.shadow_child(parent, index + at, value_type))
+                continue
+            buffer.referenced = epoch
+            if not buffer.dirty:
+                self._client.mark_dirty(buffer)
+            nodes.append(buffer.aux)
+        return nodes
+
     def shadow_root(self, block: int, value_type: ValueType) -> Node:
         """Shadow the root of a tree with values of that type."""
         self.root(block, value_type.size)

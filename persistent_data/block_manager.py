@@ -315,6 +315,10 @@ class BlockManager:
         finally:
             buffer.release()
 
+    def forget(self, block: int) -> None:
+        """Forget what is cached of *block*, even if it was not written yet."""
+        self.client.forget(block)
+
     def reset(self) -> None:
         """Forget every cached block, dirty or not: what is on the device is what counts."""
         self.client.reset()

@@ -652,7 +652,7 @@ class PoolMetadata:
     def _counting_storage(self) -> Storage:
         """After a failure the counts in memory are those of the failed transaction: read the committed ones."""
         if self._failure is not None:
-            return Storage.reopen(self._storage.bm)
+            return self._storage.reopen_committed()
         return self._storage
 
     def inc_data_range(self, b: int, e: int) -> None:

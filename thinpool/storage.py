@@ -135,7 +135,14 @@ class Storage:
     def reopen(cls, bm: BlockManager) -> Storage:
         """Open what is on the device of *bm*, whose cache has nothing to write."""
         bm.begin_operation()
-        superblock = cls.read_superblock(bm)
+        return cls._open(bm, cls.read_superblock(bm))
+
+    def reopen_committed(self) -> Storage:
+        """Open the last commit once more, beside a transaction that has failed."""
+        return self._open(self.bm, self.superblock)
+
+    @classmethod
+    def _open(cls, bm: BlockManager, superblock: Superblock) -> Storage:
         roots = superblock.metadata_root, superblock.data_root
         if roots[0].nr_blocks > bm.nr_blocks:
             raise CorruptMetadata(
@@ -182,7 +189,12 @@ class Storage:
         self._write_maps()
         view = self.bm.borrow_for_write(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
         self._fill(view.data, fields)
-        self.tm.commit(view)
+        try:
+            self.tm.commit(view)
+        except BaseException:
+            # It must not get to the device later, when memory runs short: the transaction has failed.
+            self.bm.forget(SUPERBLOCK_LOCATION)
+            raise
         self.superblock = fields
 
     def _write_maps(self) -> None:

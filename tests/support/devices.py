@@ -94,6 +94,20 @@ def fail_at(kind: str, number: int) -> Callable[[Op], None]:
     return script
 
 
+def fail_from(kind: str, number: int) -> Callable[[Op], None]:
+    """A script: call *number* of that kind, counted from 0, is an I/O error, and so are all that follow."""
+    left = number
+
+    def script(op: Op) -> None:
+        nonlocal left
+        if op.kind == kind:
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EIO, f"{kind} {number} failed as told")
+
+    return script
+
+
 def fail_blocks(kind: str, *blocks: int) -> Callable[[Op], None]:
     """A script: calls of that kind that concern one of *blocks* are I/O errors, as often as they come."""
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 NR_METADATA_BLOCKS = 128
+NR_DEVICE_BLOCKS = 160
+"""The device has grown, and the metadata has not yet been told."""
 NR_DATA_BLOCKS = 4000
 FRESH_DATA_BLOCK = 3900
 """Allocated by hand, so that it can be mapped."""
@@ -37,6 +39,7 @@ def build() -> bytes:
             thin.insert_block(7, pool.alloc_data_block())
         pool.set_transaction_id(0, 5)
         pool.inc_data_range(FRESH_DATA_BLOCK, FRESH_DATA_BLOCK + 4)
+    device.grow(NR_DEVICE_BLOCKS * BLOCK)
     return device.contents()
 
 

@@ -30,7 +30,13 @@ class Content(NamedTuple):
     data_counts: dict[int, int]
     nr_data_blocks: int
     nr_metadata_blocks: int
-    has_snap: bool
+    snap_mappings: dict[int, dict[int, tuple[int, int]]] | None
+    """The same in the metadata snapshot, None when there is none."""
+
+    def mapped_data_blocks(self) -> set[int]:
+        """Data blocks that a device maps, or the metadata snapshot's version of one."""
+        devices = [*self.mappings.values(), *(self.snap_mappings or {}).values()]
+        return {data for mappings in devices for data, _ in mappings.values()}
 
 
 def content_of(image: bytes) -> Content:
@@ -46,7 +52,7 @@ def content_of(image: bytes) -> Content:
         data_counts=found.counts("data"),
         nr_data_blocks=sb.data_map.nr_blocks,
         nr_metadata_blocks=sb.metadata_map.nr_blocks,
-        has_snap=bool(sb.held_root),
+        snap_mappings=found.mappings(found.superblock(sb.held_root)) if sb.held_root else None,
     )
 
 

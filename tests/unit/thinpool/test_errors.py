@@ -461,7 +461,7 @@ def assert_failed_until_abort(opened: Opened, committed: list[object], content: 
 
 def still_owned(content: Content) -> dict[int, int]:
     """Of the data blocks that were ours those that were not mapped by a step that used them."""
-    mapped = {data for mappings in content.mappings.values() for data, _ in mappings.values()}
+    mapped = content.mapped_data_blocks()
     return {block: count for block, count in OWNED.items() if block in content.data_counts and block not in mapped}
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_LEVELS = 64
 """A deeper tree cannot be: it would need more keys than there are."""
+_LEVELS = (None,) * MAX_LEVELS
+"""To iterate over, without making a range for each search."""
 KEY_LIMIT = 1 << 64
 
 
@@ -92,27 +94,28 @@ class ReadSpine:
         peek = self._peek
         epoch = self._client.epoch
         block = root
+        node: Node
         parent: Node | None = None
         slot = 0
-        for _ in range(MAX_LEVELS):
+        for _ in _LEVELS:
             buffer = peek(block)
-            if buffer is not None and buffer.aux.__class__ is Node:
-                node: Node = buffer.aux
+            if buffer is not None and (node := buffer.aux).__class__ is Node:
                 buffer.referenced = epoch
             elif parent is None:
                 node = self.root(block, value_size)
             else:
                 node = self.child(parent, slot - FIRST_SLOT, value_size)
-            slot = bisect_right(node.words, key, FIRST_SLOT, node.end) - 1
+            words = node.words
+            slot = bisect_right(words, key, FIRST_SLOT, node.end) - 1
             if node.is_leaf:
                 if node.value_size != value_size:
                     self._check_value_size(node, value_size)
-                if slot >= FIRST_SLOT and node.words[slot] == key:
+                if words[slot] == key and slot >= FIRST_SLOT:
                     return node, slot
                 break
             if slot < FIRST_SLOT:
                 break
-            block = node.words[slot + node.max_entries]
+            block = words[slot + node.max_entries]
             parent = node
         else:
             raise self._too_deep(root)

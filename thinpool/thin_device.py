@@ -257,8 +257,9 @@ class ThinDevice:
         return value
 
     def _outside(self, block: int, data_block: int) -> Corrupt:
+        found = self._pool._storage.trees.mappings.find(self._pool._mapping_root(self._handle), block)
         return Corrupt(
-            None,
+            None if found is None else found[0].block,
             f"thin block {block} of device {self.dev_id} is mapped to data block {data_block}, beyond the data device",
             number=errno.EINVAL,
         )

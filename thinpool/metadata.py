@@ -329,7 +329,8 @@ class PoolMetadata:
             self._begin()
             for handle in list(self._handles.values()):
                 handle.restore_committed()
-                self._drop_unless_in_use(handle)
+                if not handle.exists:
+                    self._drop(handle)
         if isinstance(error, OSError) and not isinstance(error, ThinError):
             raise from_below(error) from error
         raise error
@@ -413,7 +414,8 @@ class PoolMetadata:
                 for handle in list(self._handles.values()):
                     # One that was made since is gone, even where there was another device of that id before.
                     handle.set_details(self._committed_details(handle.dev) if handle.is_committed else None)
-                    self._drop_unless_in_use(handle)
+                    if not (handle.open_count and handle.exists):
+                        self._drop(handle)
             except BaseException as error:
                 self._cannot_recover = True
                 self._failure = error
@@ -422,12 +424,11 @@ class PoolMetadata:
                     raise from_below(error) from error
                 raise
 
-    def _drop_unless_in_use(self, handle: Handle) -> None:
-        """Forget a handle that nobody has open, or whose device is gone; calls of whoever has it open say so."""
+    def _drop(self, handle: Handle) -> None:
+        """Forget a handle that nobody has open, or whose device is gone: whoever has that open is told so."""
         if not handle.exists:
             handle.aborted_with_changes = True
-        if not (handle.open_count and handle.exists):
-            del self._handles[handle.dev]
+        del self._handles[handle.dev]
 
     def register_pre_commit_callback(self, callback: Callable[[], object] | None) -> None:
         """Have *callback* called first in each commit, to flush the data device, say.  It replaces the previous one.

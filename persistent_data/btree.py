@@ -441,12 +441,12 @@ class BTree:
         owner: Node | None = None
         owner_index = 0
         block = root
-        for value_type, key in zip(self._value_types[:-1], keys, strict=False):
-            leaf, index, top = self._descend_one_level(block, key, value_type, owner, owner_index, exact=True)
-            if owner is None:
-                root = top
-            owner, owner_index, block = leaf, index, leaf.child(index)
         try:
+            for value_type, key in zip(self._value_types[:-1], keys, strict=False):
+                leaf, index, top = self._descend_one_level(block, key, value_type, owner, owner_index, exact=True)
+                if owner is None:
+                    root = top
+                owner, owner_index, block = leaf, index, leaf.child(index)
             leaf, index, top = self._descend_one_level(
                 block, keys[-1], self._last_type, owner, owner_index, exact=exact
             )

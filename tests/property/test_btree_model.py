@@ -34,7 +34,7 @@ NR_BLOCKS = 600
 KEY_LIMIT = 1 << 64
 
 picks = st.integers(0, 11)
-upper_keys = st.lists(st.sampled_from([0, 1, KEY_LIMIT - 1]), min_size=2, max_size=2)
+upper_keys = st.lists(st.sampled_from([0, 0, 1, 2, 3, KEY_LIMIT - 1]), min_size=2, max_size=2)
 last_keys = st.one_of(st.integers(0, 40), st.integers(0, 40), st.sampled_from([KEY_LIMIT - 2, KEY_LIMIT - 1]))
 things = st.integers(1, 5)
 
@@ -373,7 +373,7 @@ def take_a_walk(rng: random.Random, value_size: int, nr_levels: int, nr_steps: i
     machine = BTreeMachine()
 
     def uppers() -> list[int]:
-        return rng.choices([0, 0, 1, KEY_LIMIT - 1], k=2)
+        return rng.choices([0, 0, 0, 0, 1, 1, 2, 3, 4, KEY_LIMIT - 1], k=2)
 
     def key() -> int:
         return rng.choice([rng.randrange(41), rng.randrange(300), KEY_LIMIT - 1])

@@ -10,6 +10,7 @@ from bufio import MemoryDevice
 from persistent_data.block_manager import BlockManager, Validator
 from persistent_data.space_map_metadata import MetadataSpaceMap
 from persistent_data.transaction_manager import TransactionManager
+from tests.support.devices import SparseDevice
 from tests.support.image import Image, SpaceMapRoot, Superblock
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Store:
 
     def image(self) -> StoreImage:
         """What is on the device."""
+        if isinstance(self.device, SparseDevice):
+            return StoreImage(dict(self.device.blocks), self.device.size_bytes // BLOCK_SIZE)
         contents = bytearray(self.device.size_bytes)
         self.device.readinto(contents, 0)
         return StoreImage.from_bytes(bytes(contents))

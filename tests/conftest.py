@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import oracles
+# Before anything of it is imported: failed assertions in the helpers shall show their values, as those in tests do.
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support import oracles  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -217,9 +217,10 @@ class BlockManager:
 
         :raises WouldBlock: the block is not cached, or locked for writing
         """
-        if self.peek(block) is None:
+        buffer = self.client.get(block)
+        if buffer is None:
             raise WouldBlock(f"metadata block {block} is not cached")
-        return self._lock(self._hold(block, validator), exclusive=False, wait=False)
+        return self._lock(self._view_of(buffer, validator), exclusive=False, wait=False)
 
     def write_lock(self, block: int, validator: Validator) -> View:
         """Lock *block* for changing it; it is dirty from the unlock on.  Waits for readers and a writer.
@@ -264,7 +265,10 @@ class BlockManager:
 
     def _hold(self, block: int, validator: Validator) -> View:
         self._check_range(block)
-        buffer = self.client.read(block)
+        return self._view_of(self.client.read(block), validator)
+
+    def _view_of(self, buffer: Buffer, validator: Validator) -> View:
+        """Return the view of a held buffer; on failure the hold is given back."""
         view: View | None = buffer.aux
         try:
             if view is None:

@@ -55,6 +55,7 @@ class Store:
         self.sm = MetadataSpaceMap()
         self.tm = TransactionManager(self.bm, self.sm)
         self.sm.create(self.tm, self.bm.nr_blocks, 1)
+        self.tm.pre_commit()
         self._write_roots([])
         return self
 
@@ -80,8 +81,6 @@ class Store:
         self._write_roots(roots)
 
     def _write_roots(self, roots: Sequence[int]) -> None:
-        if not self.roots:
-            self.tm.pre_commit()
         view = self.bm.borrow_zeroed(0, ROOTS)
         _HEAD.pack_into(view.data, _AT, *Struct("<QQQQ").unpack(self.sm.root_blob()), len(roots))
         Struct(f"<{len(roots)}Q").pack_into(view.data, _AT + _HEAD.size, *roots)

@@ -123,6 +123,8 @@ class FileDevice:
             raise OSError(errno.EINVAL, "Not a block device or regular file", name)
         self = cls.__new__(cls)
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_APPEND:
+            raise OSError(errno.EINVAL, "opened for appending: writes would not go where they belong", name)
         self.path = name
         self.direct = bool(flags & os.O_DIRECT)
         self._read_only = flags & os.O_ACCMODE == os.O_RDONLY

@@ -214,10 +214,11 @@ class BTree:
     def items(self, root: int, key: int = 0) -> Iterator[tuple[int, Value]]:
         """Iterate over the entries of a tree of one level from *key* on, ascending.
 
-        One leaf is in memory at a time.  Other operations may go on meanwhile if they leave this tree (this *root*)
-        alone.
+        One leaf is in memory at a time, and nothing else stays borrowed while it goes on.  Other operations may go on
+        meanwhile if they leave this tree (this *root*) alone.
         """
         while key < KEY_LIMIT:
+            self._tm.bm.begin_operation()
             found = self.leaf_from(root, key)
             if found is None:
                 return

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
         changed: bool
 
         def load(self, index: int) -> IndexEntry:
-            """Return the entry of bitmap *index*; the caller must not change it except through ``touch``."""
+            """Return the entry of bitmap *index*; the caller must not change it except through ``touch``.
+
+            May make room for it, which changes the transaction: for calls that change something.
+            """
+
+        def read(self, index: int) -> IndexEntry:
+            """Return the entry of bitmap *index*, changing nothing whatsoever."""
 
         def save(self, index: int, entry: IndexEntry) -> None:
             """Replace the entry of bitmap *index*."""
@@ -115,7 +121,7 @@ class BitmapCounts:
         """Return the two bits of *block* as they stand in the bitmap."""
         self.check_range(block, block + 1)
         index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        blocknr = self.index.load(index)[BLOCKNR]
+        blocknr = self.index.read(index)[BLOCKNR]
         buffer = self._peek(blocknr)
         if buffer is not None and buffer.aux is not None and buffer.aux.validator is BITMAP:
             buffer.referenced = self._client.epoch
@@ -130,7 +136,7 @@ class BitmapCounts:
         view = self._last_bitmap
         if view is None or index != self._last_index or view.buffer.aux is not view or not 0 <= block < self.nr_blocks:
             self.check_range(block, block + 1)
-            view = self.tm.read_block(self.index.load(index)[BLOCKNR], BITMAP)
+            view = self.tm.read_block(self.index.read(index)[BLOCKNR], BITMAP)
             # It stays the right one for as long as it is cached: a bitmap that is shadowed is moved, never copied.
             self._last_bitmap = view
             self._last_index = index
@@ -499,6 +505,7 @@ class BitmapCounts:
         self.nr_blocks += extra_blocks
         self._busy_index = -1
         for index in range(old_count, nr_bitmaps(self.nr_blocks)):
+            self.tm.bm.begin_operation()
             bitmap = self.tm.new_block(BITMAP)
             self.index.save(index, [bitmap.block, ENTRIES_PER_BITMAP, 0])
 

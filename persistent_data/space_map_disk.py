@@ -54,6 +54,10 @@ class IndexTree:
         self._slots[number] = _Slot(index, entry, dirty=False)
         return entry
 
+    def read(self, index: int) -> IndexEntry:
+        slot = self._slots[index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS]
+        return slot.entry if slot is not None and slot.index == index else self._lookup(self.root, index)
+
     def save(self, index: int, entry: IndexEntry) -> None:
         self.changed = True
         number = index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS

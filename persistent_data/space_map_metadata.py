@@ -61,6 +61,8 @@ class IndexBlock:
     def load(self, index: int) -> IndexEntry:
         return self._entries[index]
 
+    read = load
+
     def save(self, index: int, entry: IndexEntry) -> None:
         self.changed = True
         self._entries[index : index + 1] = [entry]

@@ -63,7 +63,7 @@ class _Side:
     def _state(self) -> tuple[int, int, int]:
         pool = self._device._pool
         handle = self._device._live_handle()
-        return pool._mapping_root(handle), handle.mapped_blocks, handle.snapshotted_time
+        return pool._mapping_root(handle), handle.nr_changes, handle.snapshotted_time
 
     def _height(self) -> int:
         pool = self._device._pool

@@ -144,6 +144,8 @@ def superblock_error(block: ReadableBuffer, location: int = SUPERBLOCK_LOCATION)
     In the kernel's order: block number, magic, checksum.
     """
     sb = Superblock.unpack(block)
+    if sb.blocknr != location and sb.magic != SUPERBLOCK_MAGIC:
+        return f"not the superblock of a thin pool: magic {sb.magic}, block number {sb.blocknr}"
     if sb.blocknr != location:
         return f"superblock is marked as block {sb.blocknr} instead of {location}"
     if sb.magic != SUPERBLOCK_MAGIC:

@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 import threading
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 from sortedcontainers import SortedDict
@@ -95,9 +96,9 @@ class PoolMetadata:
         self._frozen: str | None = None
         """Why nothing may be changed, None when it may."""
         self._is_snapshot = False
+        self._opened_read_only = False
         self._pre_commit_callback: Callable[[], object] | None = None
         self._begin()
-        self._set_reserve()
 
     # Opening and closing
 
@@ -137,6 +138,7 @@ class PoolMetadata:
                 read_only = read_only or device.read_only
                 self = cls(Storage.open(device, cache_bytes, read_only=read_only), device, owns_device=owned)
                 if read_only:
+                    self._opened_read_only = True
                     self._frozen = "the pool was opened read-only"
             if data_block_size is not None and data_block_size != self.data_block_size:
                 self._storage.bm.close(write=False)
@@ -189,10 +191,17 @@ class PoolMetadata:
                 errno.EINVAL,
                 f"data_block_size of {data_block_size} sectors is not a multiple of 128 in 128..2097152",
             )
-        self = cls(Storage.format(device, data_block_size, cache_bytes), device, owns_device=owned)
-        if nr_data_blocks:
-            self.resize_data_dev(nr_data_blocks)
-            self.commit()
+        if not 0 <= nr_data_blocks <= MAX_DATA_BLOCK + 1:
+            raise ThinError(errno.EINVAL, f"a pool cannot have {nr_data_blocks} data blocks")
+        try:
+            self = cls(Storage.format(device, data_block_size, cache_bytes), device, owns_device=owned)
+            if nr_data_blocks:
+                self.resize_data_dev(nr_data_blocks)
+                self.commit()
+        except BaseException:
+            # Leave the device as unformatted as it was found.
+            device.pwrite(memoryview(mmap.mmap(-1, BLOCK_SIZE)), SUPERBLOCK_LOCATION)
+            raise
         return self
 
     @classmethod
@@ -220,7 +229,7 @@ class PoolMetadata:
             if isinstance(error, OSError):
                 raise _named(device, from_below(error)) from error
             raise
-        self._is_snapshot = True
+        self._is_snapshot = self._opened_read_only = True
         self._frozen = "a metadata snapshot cannot be changed"
         self._time = copy.time
         self._root = copy.data_mapping_root
@@ -289,10 +298,6 @@ class PoolMetadata:
         self._generation += 1
         self._storage.bm.begin_operation()
 
-    def _set_reserve(self) -> None:
-        """Set aside metadata that is not reported as free: a transaction may take more than it looks."""
-        self._reserve = min(_MAX_RESERVE_BLOCKS, self._storage.metadata_map.nr_blocks // _RESERVE_FRACTION)
-
     def _start_change(self) -> None:
         """Begin a call that changes something.
 
@@ -325,7 +330,7 @@ class PoolMetadata:
         """
         if self._failure is None:
             self._failure = error
-            self._frozen = f"the transaction failed ({error}): abort it first"
+            self._frozen = f"the transaction failed ({str(error) or type(error).__name__}): abort it first"
             self._begin()
             for handle in list(self._handles.values()):
                 handle.restore_committed()
@@ -352,17 +357,21 @@ class PoolMetadata:
                 result = self._pre_commit_callback()
                 if isinstance(result, int) and result < 0:
                     raise ThinError(-result, f"the pre-commit callback refused: {os.strerror(-result)}")
+                if self._frozen is not None:
+                    raise self._refusal()
             self._storage.bm.begin_operation()
             try:
+                # First of all: from here on no handle may trust what it remembers of shadowed nodes.
+                self._generation += 1
                 written = self._write_changed_details()
                 self._storage.commit(self._next_superblock())
+                for handle in written:
+                    handle.note_commit()
+                    if not handle.open_count:
+                        del self._handles[handle.dev]
+                self._begin()
             except BaseException as error:
                 self._fail(error)
-            for handle in written:
-                handle.note_commit()
-                if not handle.open_count:
-                    del self._handles[handle.dev]
-            self._begin()
 
     def _write_changed_details(self) -> list[Handle]:
         details = self._storage.trees.details
@@ -400,29 +409,34 @@ class PoolMetadata:
         with self._lock:
             if self._closed or self._cannot_recover or self._is_snapshot:
                 raise ThinError(errno.EINVAL, self._frozen or "there is nothing to abort")
-            read_only = self._storage.bm.read_only
+            in_doubt = self._storage.superblock_in_doubt
             self._in_service = True
-            for handle in self._handles.values():
-                handle.aborted_with_changes = handle.changed or handle.had_changes
-            self._storage.bm.reset()
+            if self._failure is None:
+                # Half an abort is no state to go on from: an interrupt in here leaves a failed pool.
+                self._failure = ThinError(errno.EINVAL, "an abort was interrupted")
+                self._frozen = "an abort was interrupted: abort again"
             try:
-                self._storage = Storage.reopen(self._storage.bm)
-                self._failure = None
-                self._frozen = "the pool is read-only" if read_only else None
+                for handle in self._handles.values():
+                    handle.aborted_with_changes = handle.changed or handle.had_changes
+                self._storage.bm.reset()
+                storage = Storage.reopen(self._storage.bm)
+                storage.superblock_in_doubt = in_doubt
+                if in_doubt and not storage.bm.read_only:
+                    storage.settle_superblock()
+                self._storage = storage
                 self._begin()
-                self._set_reserve()
                 for handle in list(self._handles.values()):
                     # One that was made since is gone, even where there was another device of that id before.
                     handle.set_details(self._committed_details(handle.dev) if handle.is_committed else None)
                     if not (handle.open_count and handle.exists):
                         self._drop(handle)
-            except BaseException as error:
+                self._failure = None
+                self._frozen = "the pool is read-only" if self._storage.bm.read_only else None
+            except OSError as error:
                 self._cannot_recover = True
                 self._failure = error
-                self._frozen = f"the metadata cannot be read any more ({error})"
-                if isinstance(error, OSError):
-                    raise from_below(error) from error
-                raise
+                self._frozen = f"the last commit cannot be opened again ({error})"
+                raise from_below(error) from error
 
     def _drop(self, handle: Handle) -> None:
         """Forget a handle that nobody has open, or whose device is gone: whoever has that open is told so."""
@@ -453,6 +467,7 @@ class PoolMetadata:
         :raises DeviceExists: there is one of that id
         :raises ThinError: EINVAL for an impossible id
         """
+        dev = index(dev)
         with self._lock:
             self._start_change()
             self._require_new(dev)
@@ -474,6 +489,7 @@ class PoolMetadata:
         :raises NoSuchDevice: there is no device *origin*
         :raises ThinError: EINVAL for an impossible id, or when 2^24 - 1 snapshots have been taken
         """
+        dev, origin = index(dev), index(origin)
         with self._lock:
             self._start_change()
             self._require_new(dev)
@@ -502,6 +518,7 @@ class PoolMetadata:
         :raises NoSuchDevice: there is none
         :raises DeviceBusy: it is open
         """
+        dev = index(dev)
         with self._lock:
             self._start_change()
             handle = self._handle(dev)
@@ -524,6 +541,7 @@ class PoolMetadata:
         :raises NoSuchDevice: there is none
         :raises Corrupt: it is in only one of the two trees of devices
         """
+        dev = index(dev)
         with self._lock:
             self._start_query()
             handle = self._handle(dev)
@@ -642,6 +660,7 @@ class PoolMetadata:
         return self._count(b) > 0
 
     def _count(self, b: int) -> int:
+        b = index(b)
         with self._lock:
             self._start_query()
             self._require_data_range(b, b + 1)
@@ -661,6 +680,7 @@ class PoolMetadata:
 
         :raises ThinError: EINVAL for a range beyond the device, nothing has changed
         """
+        b, e = index(b), index(e)
         with self._lock:
             self._start_change()
             self._require_data_range(b, e)
@@ -674,6 +694,7 @@ class PoolMetadata:
 
         :raises ThinError: EINVAL for a range beyond the device or a block that has none, nothing has changed
         """
+        b, e = index(b), index(e)
         with self._lock:
             self._start_change()
             self._require_data_range(b, e)
@@ -706,6 +727,7 @@ class PoolMetadata:
         :raises TransactionMismatch: it is not
         :raises ThinError: EINVAL for an id that does not fit into 64 bits
         """
+        current, new = index(current), index(new)
         with self._lock:
             self._start_change()
             if self._transaction_id != current:
@@ -784,7 +806,8 @@ class PoolMetadata:
         if self._failure is not None:
             root = self._storage.superblock.data_root
             return root.nr_blocks - root.nr_allocated
-        return self._storage.data_map.nr_free
+        # In the transaction that gives the pool its first blocks the committed count is behind what was allocated.
+        return max(0, self._storage.data_map.nr_free)
 
     @property
     def metadata_dev_size(self) -> int:
@@ -801,13 +824,14 @@ class PoolMetadata:
             free = root.nr_blocks - root.nr_allocated
         else:
             free = self._storage.metadata_map.nr_free
-        return max(0, free - self._reserve)
+        return max(0, free - min(_MAX_RESERVE_BLOCKS, self.metadata_dev_size // _RESERVE_FRACTION))
 
     def resize_data_dev(self, n: int) -> None:
         """Let the pool have *n* data blocks.
 
         :raises ThinError: EINVAL for fewer than it has, or more than a mapping can name
         """
+        n = index(n)
         with self._lock:
             self._start_change()
             data_map = self._storage.data_map
@@ -828,6 +852,7 @@ class PoolMetadata:
 
         :raises ThinError: EINVAL for fewer than it uses, or more than the device has
         """
+        n = index(n)
         with self._lock:
             self._start_change()
             metadata_map = self._storage.metadata_map
@@ -839,7 +864,6 @@ class PoolMetadata:
             if n > metadata_map.nr_blocks:
                 try:
                     metadata_map.extend(n - metadata_map.nr_blocks)
-                    self._set_reserve()
                 except BaseException as error:
                     self._fail(error)
 
@@ -849,6 +873,7 @@ class PoolMetadata:
         Called once for each time that the count falls to the threshold, during the call that allocates; it must not use
         the pool.  Replaces the previous one.
         """
+        nr_free = index(nr_free)
         with self._lock:
             self._start_query()
             self._storage.metadata_map.register_threshold(nr_free, callback)
@@ -872,13 +897,19 @@ class PoolMetadata:
     def set_read_write(self) -> None:
         """Allow changes again.
 
-        :raises ReadOnly: the device itself cannot be written, or this is a metadata snapshot
+        :raises ReadOnly: the pool was opened read-only, or this is a metadata snapshot
         """
         with self._lock:
-            if self._device.read_only or self._is_snapshot:
-                raise ReadOnly(self._frozen or f"{self._device.name} cannot be written")
+            if self._opened_read_only:
+                raise ReadOnly(f"{self._device.name} was opened read-only")
             self._storage.bm.read_only = False
             if self._failure is None and not self._closed:
+                if self._storage.superblock_in_doubt:
+                    try:
+                        self._storage.settle_superblock()
+                    except OSError as error:
+                        self._storage.bm.read_only = True
+                        raise from_below(error) from error
                 self._frozen = None
 
     @property
@@ -893,11 +924,13 @@ class PoolMetadata:
 
         :raises ReadOnly: in read-only mode
         """
-        self._write_flags(self._flags | NEEDS_CHECK_FLAG)
+        with self._lock:
+            self._write_flags(self._flags | NEEDS_CHECK_FLAG)
 
     def clear_needs_check(self) -> None:
         """Take the mark away, on the device at once.  The kernel never does this: be sure that the pool is sound."""
-        self._write_flags(self._flags & ~NEEDS_CHECK_FLAG)
+        with self._lock:
+            self._write_flags(self._flags & ~NEEDS_CHECK_FLAG)
 
     def _write_flags(self, flags: int) -> None:
         with self._lock:
@@ -942,9 +975,16 @@ def _as_device(
     if isinstance(source, str | os.PathLike):
         # The kernel changes metadata behind the page cache, which can therefore be out of date for a block device.
         direct = os.path.exists(source) and stat.S_ISBLK(os.stat(source).st_mode)
-        return FileDevice(source, read_only=read_only, exclusive=exclusive, direct=direct), True
+        try:
+            return FileDevice(source, read_only=read_only, exclusive=exclusive, direct=direct), True
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise DeviceBusy(f"{os.fspath(source)}: {error.strerror}: the pool is in use") from error
+            raise
     if hasattr(source, "size_bytes"):
         return cast("Device", source), False
+    if not hasattr(source, "fileno"):
+        raise TypeError(f"a path, a device or an open file is needed, not {type(source).__name__}")
     return FileDevice.of_open_file(source), True
 
 

@@ -83,6 +83,8 @@ class Storage:
         self.data_map = data_map
         self.trees = Trees(tm, data_map)
         self.non_blocking: NonBlockingTransactionManager = tm.non_blocking_clone()
+        self.superblock_in_doubt = False
+        """A superblock was written, or was to be, and the device did not confirm that it is durable."""
 
     @classmethod
     def format(cls, device: Device, data_block_size: int, cache_bytes: int | None) -> Storage:
@@ -194,8 +196,21 @@ class Storage:
         except BaseException:
             # It must not get to the device later, when memory runs short: the transaction has failed.
             self.bm.forget(SUPERBLOCK_LOCATION)
+            self.superblock_in_doubt = True
             raise
         self.superblock = fields
+
+    def settle_superblock(self) -> None:
+        """Write the superblock that was found on the device once more, so that it is the durable one.
+
+        What was read back after a failed flush need not survive a power cut, and then the blocks that only the other
+        superblock refers to must not have been overwritten.
+
+        :raises OSError: the device still refuses
+        """
+        self.bm.borrow_for_write(SUPERBLOCK_LOCATION, SUPERBLOCK_BLOCK)
+        self.bm.flush()
+        self.superblock_in_doubt = False
 
     def _write_maps(self) -> None:
         self.data_map.commit()

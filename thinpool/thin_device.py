@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 from itertools import chain
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 from persistent_data.btree import Finger
 from persistent_data.btree_node import FIRST_SLOT
 from persistent_data.errors import KeyNotFound
 from thinpool.errors import Corrupt, NoSuchDevice, NotMapped, OutOfSpace, ThinError, from_below
-from thinpool.layout import MAX_DATA_BLOCK, TIME_BITS, TIME_MASK
+from thinpool.layout import TIME_BITS, TIME_MASK
 from thinpool.runs import MAX_BATCH_LEAVES, Run, run_fields, runs_of_fields
 from thinpool.values import BLOCK_TIME_SIZE
 
@@ -59,6 +60,7 @@ class Handle:
         "finger",
         "had_changes",
         "mapped_blocks",
+        "nr_changes",
         "open_count",
         "path_generation",
         "root",
@@ -75,6 +77,8 @@ class Handle:
         """Changes were lost when the transaction failed, before it was aborted."""
         self.aborted_with_changes = False
         self.exists = False
+        self.nr_changes = 0
+        """Counts calls that changed mappings, for those who must notice."""
         self.mapped_blocks = 0
         self.transaction_id = 0
         self.creation_time = 0
@@ -221,6 +225,8 @@ class ThinDevice:
         :raises WouldBlock: with *can_issue_io* False, when I/O would be needed; see ``PoolMetadata.issue_prefetches``
         :raises Corrupt: the metadata on the way is damaged, or the mapping leads out of the data device
         """
+        if type(block) is not int:
+            block = index(block)
         pool = self._pool
         handle = self._handle
         with pool._lock:
@@ -269,6 +275,7 @@ class ThinDevice:
 
         :raises NotMapped: nothing in the range is mapped
         """
+        begin, end = index(begin), index(end)
         pool = self._pool
         with pool._lock:
             root = self._start_query()
@@ -305,9 +312,10 @@ class ThinDevice:
         """
         results: list[LookupResult | None] = []
         with self._pool._lock:
+            self._start_query()
             for block in thin_blocks:
                 try:
-                    results.append(self.find_block(int(block)))
+                    results.append(self.find_block(index(block)))
                 except NotMapped:
                     results.append(None)
         return results
@@ -321,7 +329,7 @@ class ThinDevice:
 
         :raises Corrupt: the metadata is damaged; everything before it has been returned
         """
-        return chain.from_iterable(self._batches_of_runs(begin, KEY_LIMIT if end is None else end))
+        return chain.from_iterable(self._batches_of_runs(index(begin), KEY_LIMIT if end is None else index(end)))
 
     def _batches_of_runs(self, begin: int, limit: int) -> Iterator[Iterable[Run]]:
         pending: Run | None = None
@@ -364,14 +372,16 @@ class ThinDevice:
                     if found is None:
                         begin = KEY_LIMIT
                         break
-                    leaf, index, bound = found
+                    leaf, first, bound = found
                     last = leaf.nr_entries if bound <= limit else leaf.upper_bound(limit)
                     first_value = FIRST_SLOT + leaf.max_entries
-                    part = leaf.words[first_value + index : first_value + last]
+                    part = leaf.words[first_value + first : first_value + last]
                     if part and max(part) >> TIME_BITS >= nr_data_blocks:
                         bad = next(at for at, value in enumerate(part) if value >> TIME_BITS >= nr_data_blocks)
-                        raise self._outside(leaf.key(index + bad), part[bad] >> TIME_BITS)
-                    keys.append(leaf.words[FIRST_SLOT + index : FIRST_SLOT + last])
+                        keys.append(leaf.words[FIRST_SLOT + first : FIRST_SLOT + first + bad])
+                        values.append(part[:bad])
+                        raise self._outside(leaf.key(first + bad), part[bad] >> TIME_BITS)
+                    keys.append(leaf.words[FIRST_SLOT + first : FIRST_SLOT + last])
                     values.append(part)
                     begin = bound
             except OSError as error:
@@ -391,6 +401,9 @@ class ThinDevice:
             changed
         :raises OutOfSpace: no free metadata block: abort
         """
+        if type(block) is not int or type(data_block) is not int:
+            # Numbers of other kinds overflow where a mapping is put together.
+            block, data_block = index(block), index(data_block)
         pool = self._pool
         handle = self._handle
         with pool._lock:
@@ -419,6 +432,7 @@ class ThinDevice:
                 if inserted:
                     handle.mapped_blocks += 1
                 handle.changed = True
+                handle.nr_changes += 1
             except BaseException as error:
                 pool._fail(error)
 
@@ -447,24 +461,37 @@ class ThinDevice:
         :raises ThinError: EINVAL when the lengths differ, or for any pair that ``insert_block`` would refuse: nothing
             has changed
         """
-        thin = [int(block) for block in thin_blocks]
-        data = [int(block) for block in data_blocks]
+        thin = [index(block) for block in thin_blocks]
+        data = [index(block) for block in data_blocks]
         pool = self._pool
         with pool._lock:
             self._refuse_change()
             if len(thin) != len(data):
                 raise ThinError(errno.EINVAL, f"{len(thin)} thin blocks for {len(data)} data blocks")
-            for block, data_block in zip(thin, data, strict=True):
-                if (
-                    not 0 <= block < KEY_LIMIT
-                    or not 0 <= data_block <= MAX_DATA_BLOCK
-                    or not pool.block_is_used(data_block)
-                ):
-                    raise ThinError(
-                        errno.EINVAL, f"thin block {block} cannot be mapped to data block {data_block}, which is free"
-                    )
+            self._require_insertable(thin, data)
             for block, data_block in zip(thin, data, strict=True):
                 self.insert_block(block, data_block)
+
+    def _require_insertable(self, thin: list[int], data: list[int]) -> None:
+        """Refuse what ``insert_block`` would, at its turn: mapping a block again may free a data block named later."""
+        pool = self._pool
+        mapped: dict[int, int | None] = {}
+        dropped: dict[int, int] = {}
+        for block, data_block in zip(thin, data, strict=True):
+            if not 0 <= block < KEY_LIMIT or pool._count(data_block) <= dropped.get(data_block, 0):
+                raise ThinError(
+                    errno.EINVAL, f"thin block {block} cannot be mapped to data block {data_block}, which is free"
+                )
+            old = mapped[block] if block in mapped else self._data_block_of(block)
+            if old is not None and old != data_block:
+                dropped[old] = dropped.get(old, 0) + 1
+            mapped[block] = data_block
+
+    def _data_block_of(self, block: int) -> int | None:
+        try:
+            return self.find_block(block).block
+        except NotMapped:
+            return None
 
     def provision(self, begin: int, length: int) -> list[Run]:
         """Allocate and map a data block for each thin block of ``[begin, begin + length)`` that is not mapped yet.
@@ -475,17 +502,26 @@ class ThinDevice:
         pool = self._pool
         with pool._lock:
             self._refuse_change()
+            begin, length = index(begin), index(length)
             if not 0 <= begin <= begin + length <= KEY_LIMIT:
                 raise ThinError(errno.EINVAL, f"[{begin}..{begin + length}] is not a range of thin blocks")
+            wanted = length - sum(run.length for run in self.mappings(begin, begin + length))
+            data_map = pool._storage.data_map
+            free = data_map.nr_free + pool._nr_data_blocks - data_map.nr_blocks
+            if wanted > free:
+                raise OutOfSpace(f"{wanted} data blocks are needed, {free} are free")
             missing = self._unmapped(begin, begin + length)
             allocated: list[int] = []
             try:
-                allocated.extend(pool.alloc_data_block() for _ in range(len(missing)))
+                allocated.extend(pool.alloc_data_block() for _ in missing)
             except OutOfSpace:
                 if pool._failure is None:
                     for data_block in allocated:
                         pool.dec_data_range(data_block, data_block + 1)
                 raise
+            except BaseException as error:
+                # Blocks that nobody knows of any more must not be committed.
+                pool._fail(error)
             for block, data_block in zip(missing, allocated, strict=True):
                 self.insert_block(block, data_block)
             made: list[Run] = []
@@ -511,6 +547,8 @@ class ThinDevice:
 
         :raises NotMapped: it has none, nothing has changed
         """
+        if type(block) is not int:
+            block = index(block)
         pool = self._pool
         handle = self._handle
         with pool._lock:
@@ -536,6 +574,7 @@ class ThinDevice:
                     self._note_path()
                 handle.mapped_blocks -= 1
                 handle.changed = True
+                handle.nr_changes += 1
             except BaseException as error:
                 pool._fail(error)
 
@@ -547,6 +586,7 @@ class ThinDevice:
         pool = self._pool
         with pool._lock:
             self._refuse_change()
+            begin, end = index(begin), index(end)
             if not 0 <= begin <= end <= KEY_LIMIT:
                 raise ThinError(errno.EINVAL, f"[{begin}..{end}] is not a range of thin blocks")
             handle = self._handle
@@ -563,8 +603,8 @@ class ThinDevice:
                     found = trees.mappings.leaf_from(root, begin)
                     if found is None:
                         break
-                    leaf, index, _ = found
-                    begin = leaf.key(index)
+                    leaf, at, _ = found
+                    begin = leaf.key(at)
                     if begin >= end:
                         break
                     root, count, begin = trees.mappings.remove_leaves(root, [begin], end)
@@ -572,6 +612,7 @@ class ThinDevice:
                 storage.bm.begin_operation()
                 handle.mapped_blocks -= removed
                 handle.changed = True
+                handle.nr_changes += 1
                 pool._root = trees.top_level.insert(pool._root, [handle.dev], root)
                 pool._generation += 1
                 handle.finger.leaf = None

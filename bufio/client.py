@@ -112,7 +112,9 @@ class Client:
         with self._lock:
             self._limit = max(share // self._core.buffer_bytes, self._minimum_buffers, _LEAST_BUFFERS)
             self._threshold = self._limit - self._limit // 8
-            self._trim()
+            if self.epoch == _NO_EPOCH:
+                # Whoever borrows buffers may be doing so right now, in another thread: the next allocation trims.
+                self._trim()
 
     @property
     def stats(self) -> Stats:
@@ -139,7 +141,7 @@ class Client:
             buffer = self._table.get(block)
             if buffer is not None and not buffer.reading:
                 buffer.holders.append(get_ident())
-                buffer.referenced = _USED
+                buffer.referenced = buffer.referenced or _USED
                 self._core.counters.hits += 1
                 return buffer
             return self._read_uncached(block)
@@ -151,7 +153,7 @@ class Client:
             if buffer is None or buffer.reading:
                 return None
             buffer.holders.append(get_ident())
-            buffer.referenced = _USED
+            buffer.referenced = buffer.referenced or _USED
             self._core.counters.hits += 1
             return buffer
 
@@ -161,6 +163,7 @@ class Client:
         If the block is cached its buffer is returned as it is; otherwise the contents are undefined.
         """
         with self._lock:
+            self._require_open()
             while True:
                 buffer = self._table.get(block)
                 if buffer is None:
@@ -176,6 +179,7 @@ class Client:
     def prefetch(self, block: int, n_blocks: int = 1) -> None:
         """Read blocks ahead.  Stops quietly where no buffer can be had; errors surface at the later ``read``."""
         with self._lock:
+            self._require_open()
             fresh = []
             for number in range(block, min(block + n_blocks, self.device_size)):
                 if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
@@ -202,6 +206,7 @@ class Client:
 
     def _read_uncached(self, block: int) -> Buffer:
         """Finish ``read`` when the block is absent or on its way.  Called with the lock."""
+        self._require_open()
         while True:
             buffer = self._table.get(block)
             if buffer is None:
@@ -219,7 +224,7 @@ class Client:
             else:
                 self._core.counters.hits += 1
             buffer.holders.append(get_ident())
-            buffer.referenced = _USED
+            buffer.referenced = buffer.referenced or _USED
             return buffer
 
     def _fill(self, buffer: Buffer) -> None:
@@ -267,9 +272,13 @@ class Client:
             self._core.changed.notify_all()
 
     def mark_dirty(self, buffer: Buffer, start: int = 0, end: int | None = None) -> None:
-        """Note a change of bytes ``[start, end)``; see :meth:`Buffer.mark_dirty`."""
-        with self._lock:
-            self._core.set_dirty(buffer, start, self.block_size if end is None else end)
+        """Note a change of bytes ``[start, end)``; see :meth:`Buffer.mark_dirty`.  Also of a borrowed buffer."""
+        end = self.block_size if end is None else end
+        if not 0 <= start <= end <= self.block_size:
+            raise ValueError(f"[{start}..{end}] is no range within a block of {self.block_size} bytes")
+        if start < end:
+            with self._lock:
+                self._core.set_dirty(buffer, start, end)
 
     def release_move(self, buffer: Buffer, new_block: int) -> None:
         """Release *buffer*, whose content becomes that of *new_block*.
@@ -284,20 +293,44 @@ class Client:
         with self._lock:
             if not buffer.holders:
                 raise HoldError(f"block {buffer.block_number} is moved without being held")
-            self._settle(buffer)
-            self._clear_target(buffer, new_block)
-            if len(buffer.holders) == 1:
-                buffer.holders.clear()
-                self._rekey(buffer, new_block)
-                return
-            self._lock.release()
-            try:
-                self.device.pwrite(buffer.data, self._offset + new_block * self.block_size)
-            finally:
-                self._lock.acquire()
-            self._core.counters.writes += 1
-            self._core.counters.bytes_written += self.block_size
+            target: Buffer | None = None
+            while target is None:
+                self._settle(buffer)
+                self._clear_target(buffer, new_block)
+                if buffer.dirty or buffer.writing:
+                    # Waiting for the target gave others the time to change the content.
+                    continue
+                if len(buffer.holders) == 1:
+                    buffer.holders.clear()
+                    self._rekey(buffer, new_block)
+                    return
+                # The others keep the buffer, so the new block gets one of its own, for which readers have to wait.
+                target = self._allocate(new_block)
+            self._write_copy(buffer, target)
             self._drop_hold(buffer)
+
+    def _write_copy(self, source: Buffer, target: Buffer) -> None:
+        """Write the content of *source* to the block of *target*, a new buffer.  Gives the lock up meanwhile."""
+        target.reading = True
+        target.data[:] = source.data
+        written = False
+        try:
+            self._lock.release()
+            if self._write_callback is not None:
+                # It sees the content as that of the new block.
+                own, target.aux = target.aux, source.aux
+                self._write_callback(target)
+                target.aux = own
+            self.device.pwrite(target.data, self._offset + target.block_number * self.block_size)
+            written = True
+        finally:
+            self._lock.acquire()
+            target.reading = False
+            if not written:
+                self._core.destroy(self._table, target)
+            self._core.changed.notify_all()
+        self._core.counters.writes += 1
+        self._core.counters.bytes_written += self.block_size
 
     def move(self, buffer: Buffer, new_block: int) -> None:
         """Re-key a buffer that the caller got from :attr:`peek` and that nobody holds; otherwise as ``release_move``.
@@ -352,7 +385,7 @@ class Client:
         buffer.block_number = new_block
         table[new_block] = buffer
         self._core.set_dirty(buffer, 0, self.block_size)
-        buffer.referenced = _USED
+        buffer.referenced = buffer.referenced or _USED
 
     # Writing
 
@@ -369,7 +402,14 @@ class Client:
         """
         with self._lock:
             batch = list(self._core.dirty)
-            self._write_back(batch)
+            pending = batch
+            while pending:
+                in_flight = [buffer for buffer in pending if buffer.writing]
+                self._write_back(pending)
+                while any(buffer.writing for buffer in in_flight):
+                    self._wait(())
+                # Dirtied again while they were being written: what went to the device may be the old content.
+                pending = [b for b in in_flight if b.dirty and self._table.get(b.block_number) is b]
             while self._core.nr_writing:
                 self._wait(())
             error, self._write_error = self._write_error, None
@@ -470,6 +510,10 @@ class Client:
         parameters.leave(self)
         self._closed = True
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise HoldError(f"the cache of {self.name} was closed")
+
     def __enter__(self) -> Self:
         return self
 
@@ -483,7 +527,11 @@ class Client:
         if self._aux_size:
             buffer.aux = bytearray(self._aux_size)
         if self._alloc_callback is not None:
-            self._alloc_callback(buffer)
+            try:
+                self._alloc_callback(buffer)
+            except BaseException:
+                self._core.destroy(self._table, buffer)
+                raise
         return buffer
 
     def _allocate(self, block: int) -> Buffer | None:
@@ -505,13 +553,15 @@ class Client:
         if self._evict_one() or core.nr_buffers < self._limit:
             return self._create(block)
         batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
-        if batch:
-            failed = self._write_back(batch)
-            if len(failed) < len(batch):
-                return None
+        failed = self._write_back(batch)
+        if len(failed) < len(batch):
+            return None
         if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
             # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.
             return self._create(block)
+        if failed and not any(b.holders or b.reading or b.writing for b in self._table.values()):
+            # Nobody will give anything back: all there is is dirty and cannot be written.
+            raise failed[0][1]
         self._wait(self._table.values())
         return None
 
@@ -551,7 +601,8 @@ class Client:
         me = get_ident()
         held = [buffer for buffer in wanted if buffer.holders]
         stuck = self._waiting.keys() | {me}
-        if held and all(ident in stuck for buffer in held for ident in buffer.holders):
+        in_flight = any(buffer.reading or buffer.writing for buffer in self._table.values())
+        if held and not in_flight and all(ident in stuck for buffer in held for ident in buffer.holders):
             blocks = tuple(sorted(buffer.block_number for buffer in held))
             raise WouldDeadlock(f"{self.name}: no buffer can be had, blocks {list(blocks)} are held by waiters", blocks)
         self._core.counters.waits += 1

@@ -17,11 +17,13 @@ is never evicted or written early, see :attr:`bufio.Client.peek`.
 
 from __future__ import annotations
 
+import errno
 import threading
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from bufio.engine import SyncEngine
+from bufio.errors import HoldError
 from bufio.memory import Slab, parameters
 
 if TYPE_CHECKING:
@@ -91,7 +93,12 @@ class Buffer:
         """Say that bytes ``[start, end)`` were changed; by default all of them.  The buffer must be held.
 
         It may be written at any time from now on, and certainly is by ``write_dirty_buffers``.
+
+        :raises HoldError: nobody holds the buffer
+        :raises ValueError: not a range within the block
         """
+        if not self.holders:
+            raise HoldError(f"block {self.block_number} is marked dirty without being held")
         self.client.mark_dirty(self, start, end)
 
     def release_move(self, new_block: int) -> None:
@@ -200,13 +207,6 @@ class Core:
         del self.clean[buffer]
         self.dirty[buffer] = None
 
-    def set_clean(self, buffer: Buffer) -> None:
-        """Forget that there is anything to write."""
-        if buffer.dirty:
-            buffer.dirty = False
-            del self.dirty[buffer]
-            self.clean[buffer] = None
-
     def oldest_clean(self, epoch: int) -> Buffer | None:
         """Return the clean buffer to evict next, None when every one is in use."""
         clean = self.clean
@@ -269,22 +269,23 @@ class Core:
             buffer.writing = True
             buffer.dirty = False
         self.nr_writing += len(batch)
-        self.lock.release()
         results: list[OSError | None] = []
+        calls = self.engine.calls
         try:
+            self.lock.release()
             if prepare is not None:
                 for buffer in batch:
                     prepare(buffer)
                 ranges = [(0, self.block_size)] * len(batch)
-            requests = self._requests(batch, ranges, offset)
-            calls = self.engine.calls
-            results = self.engine.write(device, requests)
-            calls = self.engine.calls - calls
+            if getattr(device, "direct", False):
+                # Parts of blocks are not aligned as direct access wants it.
+                ranges = [(0, self.block_size)] * len(batch)
+            results = self.engine.write(device, self._requests(batch, ranges, offset))
         finally:
             self.lock.acquire()
             self.nr_writing -= len(batch)
             # A write that did not even return (an exception in prepare, a signal) counts as failed.
-            unknown = [OSError("write was interrupted")] * (len(batch) - len(results))
+            unknown = [OSError(errno.EIO, "write was interrupted")] * (len(batch) - len(results))
             failed: list[tuple[Buffer, OSError]] = []
             for buffer in batch:
                 buffer.writing = False
@@ -296,7 +297,7 @@ class Core:
             self.changed.notify_all()
         self.counters.writes += len(batch)
         self.counters.bytes_written += sum(end - start for start, end in ranges)
-        self.counters.coalesced_writes += len(batch) - calls
+        self.counters.coalesced_writes += len(batch) - (self.engine.calls - calls)
         return failed
 
     def _requests(

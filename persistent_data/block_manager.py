@@ -37,7 +37,7 @@ class View:
     long as its block stays cached, and follows its content to another block number when that is moved.
     """
 
-    __slots__ = ("buffer", "checksummed", "data", "lock_count", "validator")
+    __slots__ = ("buffer", "checksummed", "data", "validator")
 
     def __init__(self, buffer: Buffer, validator: Validator) -> None:
         self.buffer = buffer
@@ -45,8 +45,6 @@ class View:
         self.checksummed = buffer.data[CHECKSUM.size :]
         """What the checksum covers; kept because it is needed each time the block is written."""
         self.validator = validator
-        self.lock_count = 0
-        """Readers that have it locked, or -1 for a writer."""
 
     @property
     def block(self) -> int:
@@ -116,6 +114,8 @@ class BlockManager:
         self.peek = self.client.peek
         self.read_only = read_only
         self._unlocked = threading.Condition()
+        self._lock_counts: dict[Buffer, int] = {}
+        """Readers that have a buffer locked, or -1 for a writer; those that nobody has locked are not in here."""
 
     @property
     def nr_blocks(self) -> int:
@@ -158,7 +158,7 @@ class BlockManager:
         """
         self.require_writable(block)
         view = self.borrow(block, validator)
-        view.buffer.mark_dirty()
+        self.client.mark_dirty(view.buffer)
         return view
 
     def borrow_zeroed(self, block: int, validator: Validator) -> View:
@@ -209,8 +209,7 @@ class BlockManager:
         :raises InvalidArgument: this thread has it locked for writing
         :raises CorruptMetadata: see :meth:`borrow`
         """
-        view = self._hold(block, validator)
-        return self._lock(view, exclusive=False, wait=True)
+        return self._lock_kind(self._hold(block, validator), exclusive=False, wait=True)
 
     def try_read_lock(self, block: int, validator: Validator) -> View:
         """As :meth:`read_lock`, but never reads and never waits.
@@ -220,7 +219,7 @@ class BlockManager:
         buffer = self.client.get(block)
         if buffer is None:
             raise WouldBlock(f"metadata block {block} is not cached")
-        return self._lock(self._view_of(buffer, validator), exclusive=False, wait=False)
+        return self._lock_kind(self._view_of(buffer, validator), exclusive=False, wait=False)
 
     def write_lock(self, block: int, validator: Validator) -> View:
         """Lock *block* for changing it; it is dirty from the unlock on.  Waits for readers and a writer.
@@ -229,7 +228,7 @@ class BlockManager:
         :raises InvalidArgument: this thread has it locked already
         """
         self.require_writable(block)
-        return self._lock(self._hold(block, validator), exclusive=True, wait=True)
+        return self._lock_kind(self._hold(block, validator), exclusive=True, wait=True)
 
     def write_lock_zero(self, block: int, validator: Validator) -> View:
         """As :meth:`write_lock`, zeroed and without reading; the only way to change a block's kind."""
@@ -241,9 +240,9 @@ class BlockManager:
             view = buffer.aux = validator.view(buffer, validator)
         self._lock(view, exclusive=True, wait=True)
         buffer.data[:] = _ZEROES
-        if view.validator is not validator:
-            view = buffer.aux = validator.view(buffer, validator)
-            view.lock_count = -1
+        if buffer.aux.validator is not validator:
+            buffer.aux = validator.view(buffer, validator)
+        view = buffer.aux
         view.reload()
         return view
 
@@ -253,15 +252,20 @@ class BlockManager:
         :raises InvalidArgument: it is not locked
         """
         with self._unlocked:
-            if view.lock_count == 0:
+            count = self._lock_counts.pop(view.buffer, 0)
+            if count == 0:
                 raise InvalidArgument(f"metadata block {view.block} is not locked")
-            if view.lock_count < 0:
+            if count < 0:
                 view.buffer.mark_dirty()
-                view.lock_count = 0
-            else:
-                view.lock_count -= 1
+            elif count > 1:
+                self._lock_counts[view.buffer] = count - 1
             self._unlocked.notify_all()
         view.buffer.release()
+
+    def lock_count(self, view: View) -> int:
+        """Return how many readers have a block locked, -1 for a writer."""
+        with self._unlocked:
+            return self._lock_counts.get(view.buffer, 0)
 
     def _hold(self, block: int, validator: Validator) -> View:
         self._check_range(block)
@@ -282,8 +286,9 @@ class BlockManager:
 
     def _lock(self, view: View, *, exclusive: bool, wait: bool) -> View:
         me = threading.get_ident()
+        buffer = view.buffer
         with self._unlocked:
-            while view.lock_count < 0 or (exclusive and view.lock_count):
+            while (count := self._lock_counts.get(buffer, 0)) < 0 or (exclusive and count):
                 mine = view.buffer.holders.count(me) > 1
                 if not wait or mine:
                     view.buffer.release()
@@ -291,8 +296,17 @@ class BlockManager:
                         raise InvalidArgument(f"metadata block {view.block} is already locked by this thread")
                     raise WouldBlock(f"metadata block {view.block} is locked for writing")
                 self._unlocked.wait()
-            view.lock_count = -1 if exclusive else view.lock_count + 1
+            self._lock_counts[buffer] = -1 if exclusive else count + 1
         return view
+
+    def _lock_kind(self, view: View, *, exclusive: bool, wait: bool) -> View:
+        """Lock a block as the kind that *view* is; while waiting for that, a writer may have made it another."""
+        self._lock(view, exclusive=exclusive, wait=wait)
+        current: View = view.buffer.aux
+        if current.validator is not view.validator:
+            self.unlock(view)
+            raise self._kind_mismatch(current, view.validator)
+        return current
 
     # Everything at once
 

@@ -294,7 +294,7 @@ class BTree:
             return None
         buffer.referenced = self._tm.bm.client.epoch
         if not buffer.dirty:
-            buffer.mark_dirty()
+            self._tm.bm.client.mark_dirty(buffer)
         return self._put(leaf, index, key, value)
 
     def _descend_to_insert(

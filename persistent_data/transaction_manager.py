@@ -165,7 +165,7 @@ class TransactionManager:
         """Second phase: put the superblock (dirty, the only block that is) on the device.  The transaction is over."""
         self._shadows.clear()
         self.exclusive.clear()
-        superblock.buffer.mark_dirty()
+        self._client.mark_dirty(superblock.buffer)
         self.bm.flush()
 
     def non_blocking_clone(self) -> NonBlockingTransactionManager:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,15 +14,20 @@ from hypothesis import HealthCheck, settings
 # Before anything of it is imported: failed assertions in the helpers shall show their values, as those in tests do.
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support import oracles  # noqa: E402
+from bufio import FileDevice, MemoryDevice  # noqa: E402
+from tests.support import oracles, peers  # noqa: E402
+from thinpool.storage import Storage  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
     from types import FrameType
+
+    from thinpool.layout import Superblock
 
 _DEADLINE = 60.0  # seconds
 _MARKED_DEADLINES = {"kernel": 300.0, "slow": 300.0}
 _DEADLINE_FACTOR = {"ci": 2, "long": 20}  # by hypothesis profile
+_DEVICES_CHECKED = 3  # of a test that makes many, the last ones
 _REPEAT = 5.0  # a handler that catches everything, as hypothesis does to shrink, is interrupted again
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -43,6 +49,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             reason = missing()
             if reason is not None:
                 oracles.give_up(reason)
+
+
+@pytest.fixture(autouse=True)
+def committed_metadata_is_accepted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test that commits, the reference thin_check passes on what the last commits left.
+
+    An extra: where the reference tools are missing nothing is skipped.  A test that damages what it has committed says so
+    with the marker ``damages``.
+    """
+    committed: dict[int, FileDevice | MemoryDevice] = {}
+    commit = Storage.commit
+
+    def note_commit(self: Storage, fields: Superblock) -> None:
+        commit(self, fields)
+        device = self.bm.device
+        if isinstance(device, FileDevice | MemoryDevice):
+            committed.pop(id(device), None)
+            committed[id(device)] = device
+            if len(committed) > _DEVICES_CHECKED:
+                del committed[next(iter(committed))]
+
+    monkeypatch.setattr(Storage, "commit", note_commit)
+    yield
+    if request.node.get_closest_marker("damages") is None and peers.is_available():
+        for device in committed.values():
+            if isinstance(device, MemoryDevice):
+                peers.assert_accepted(device.contents())
+            elif Path(device.path).exists():
+                peers.assert_accepted(device.path)
 
 
 @pytest.hookimpl(wrapper=True)

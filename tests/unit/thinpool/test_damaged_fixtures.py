@@ -344,6 +344,7 @@ def ask_snapshot(name: str) -> None:
                 list(thin.mappings())
 
 
+@pytest.mark.damages
 @pytest.mark.parametrize(
     "name", ["data_bitmap_flipped", "data_bitmap_zeroed", "data_index_flipped", "metadata_bitmap_flipped"]
 )

@@ -526,6 +526,7 @@ def test_write_error_anywhere_in_a_commit_leaves_a_whole_commit(what: str, kind:
     assert fail_each(kind, sound, STEPS[what], then_commit=True) >= 2
 
 
+@pytest.mark.damages
 def test_damage_met_by_a_change_leaves_the_last_commit(sound: bytes) -> None:
     image = Image.from_bytes(sound)
     root = int.from_bytes(dict(image.items(image.superblock().mapping_root))[0], "little")

@@ -144,7 +144,10 @@ class Client:
                 buffer.referenced = buffer.referenced or _USED
                 self._core.counters.hits += 1
                 return buffer
-            return self._read_uncached(block)
+            buffer = self._read_uncached(block)
+            buffer.holders.append(get_ident())
+            buffer.referenced = buffer.referenced or _USED
+            return buffer
 
     def get(self, block: int) -> Buffer | None:
         """Return the buffer of *block*, held, if it is cached; None if it is not, or is still being read."""
@@ -163,38 +166,56 @@ class Client:
         If the block is cached its buffer is returned as it is; otherwise the contents are undefined.
         """
         with self._lock:
-            self._require_open()
-            while True:
-                buffer = self._table.get(block)
-                if buffer is None:
-                    buffer = self._allocate(block)
-                    if buffer is None:
-                        continue
-                elif buffer.reading:
-                    self._wait(())
-                    continue
-                buffer.holders.append(get_ident())
+            buffer = self._new_unheld(block)
+            buffer.holders.append(get_ident())
+            return buffer
+
+    def borrow(self, block: int) -> Buffer:
+        """As :meth:`read`, without a hold: for the owner of the present epoch, see :attr:`peek`."""
+        with self._lock:
+            buffer = self._table.get(block)
+            if buffer is None or buffer.reading:
+                buffer = self._read_uncached(block)
+            buffer.referenced = self.epoch
+            return buffer
+
+    def borrow_new(self, block: int) -> Buffer:
+        """As :meth:`new`, without a hold: for the owner of the present epoch, see :attr:`peek`."""
+        with self._lock:
+            buffer = self._new_unheld(block)
+            buffer.referenced = self.epoch
+            return buffer
+
+    def _new_unheld(self, block: int) -> Buffer:
+        self._require_open()
+        while True:
+            buffer = self._table.get(block)
+            if buffer is None:
+                buffer = self._allocate(block)
+                if buffer is not None:
+                    return buffer
+            elif buffer.reading:
+                self._wait(())
+            else:
                 return buffer
 
     def prefetch(self, block: int, n_blocks: int = 1) -> None:
         """Read blocks ahead.  Stops quietly where no buffer can be had; errors surface at the later ``read``."""
         with self._lock:
             self._require_open()
-            fresh = []
-            for number in range(block, min(block + n_blocks, self.device_size)):
-                if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
-                    break
-                if number in self._table:
-                    continue
-                buffer = self._create(number)
-                buffer.reading = True
-                fresh.append(buffer)
+            fresh: list[Buffer] = []
+            try:
+                self._create_absent(range(block, min(block + n_blocks, self.device_size)), fresh)
+            except BaseException:
+                for buffer in fresh:
+                    self._core.destroy(self._table, buffer)
+                raise
             if not fresh:
                 return
             self._core.counters.misses += len(fresh)
-            self._lock.release()
             results: list[OSError | None] = []
             try:
+                self._lock.release()
                 results = self._core.read_into(self.device, fresh, self._offset)
             finally:
                 self._lock.acquire()
@@ -204,8 +225,18 @@ class Client:
                         self._core.destroy(self._table, buffer)
                 self._core.changed.notify_all()
 
+    def _create_absent(self, blocks: range, fresh: list[Buffer]) -> None:
+        """Add to *fresh* a buffer, marked as being read, for each block that is not cached, as far as there is room."""
+        for number in blocks:
+            if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
+                return
+            if number not in self._table:
+                buffer = self._create(number)
+                buffer.reading = True
+                fresh.append(buffer)
+
     def _read_uncached(self, block: int) -> Buffer:
-        """Finish ``read`` when the block is absent or on its way.  Called with the lock."""
+        """Return the buffer of a block that is absent or on its way, unheld.  Called with the lock."""
         self._require_open()
         while True:
             buffer = self._table.get(block)
@@ -223,17 +254,15 @@ class Client:
                 continue
             else:
                 self._core.counters.hits += 1
-            buffer.holders.append(get_ident())
-            buffer.referenced = buffer.referenced or _USED
             return buffer
 
     def _fill(self, buffer: Buffer) -> None:
         """Read a new buffer; on failure it leaves the cache and whoever waits for it gets the same error."""
         self._core.counters.misses += 1
-        buffer.reading = True
-        self._lock.release()
         error: OSError | None = OSError(errno.EIO, f"read of block {buffer.block_number} was interrupted", self.name)
+        buffer.reading = True
         try:
+            self._lock.release()
             error = self._core.read_into(self.device, [buffer], self._offset)[0]
         finally:
             self._lock.acquire()
@@ -554,7 +583,7 @@ class Client:
             return self._create(block)
         batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
         failed = self._write_back(batch)
-        if len(failed) < len(batch):
+        if len(failed) < len(batch) or block in self._table:
             return None
         if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
             # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.

@@ -137,8 +137,7 @@ class BlockManager:
         buffer = self.peek(block)
         if buffer is None:
             self._check_range(block)
-            buffer = self.client.read(block)
-            buffer.release()
+            buffer = self.client.borrow(block)
         buffer.referenced = self.client.epoch
         view: View | None = buffer.aux
         if view is None:
@@ -168,12 +167,10 @@ class BlockManager:
         """
         self.require_writable(block)
         self._check_range(block)
-        buffer = self.client.new(block)
-        buffer.referenced = self.client.epoch
+        buffer = self.client.borrow_new(block)
         buffer.data[:] = _ZEROES
-        buffer.mark_dirty()
+        self.client.mark_dirty(buffer)
         view = buffer.aux = validator.view(buffer, validator)
-        buffer.release()
         return view
 
     def borrow_copy(self, source: View, block: int) -> View:
@@ -183,12 +180,10 @@ class BlockManager:
         """
         self.require_writable(block)
         self._check_range(block)
-        buffer = self.client.new(block)
-        buffer.referenced = self.client.epoch
+        buffer = self.client.borrow_new(block)
         buffer.data[:] = source.data
-        buffer.mark_dirty()
+        self.client.mark_dirty(buffer)
         view = buffer.aux = source.validator.view(buffer, source.validator)
-        buffer.release()
         return view
 
     def move(self, view: View, block: int) -> None:

@@ -93,6 +93,8 @@ class PoolMetadata:
         self._closed = False
         self._failure: BaseException | None = None
         self._cannot_recover = False
+        self._shows_failed = False
+        """The pool has failed, and an interrupt has kept it from going back to what was committed."""
         self._frozen: str | None = None
         """Why nothing may be changed, None when it may."""
         self._is_snapshot = False
@@ -313,8 +315,11 @@ class PoolMetadata:
 
         :raises ThinError: the pool is closed, or lost
         """
-        if self._frozen is not None and (self._closed or self._cannot_recover):
-            raise self._refusal()
+        if self._frozen is not None:
+            if self._closed or self._cannot_recover:
+                raise self._refusal()
+            if self._shows_failed:
+                self._show_committed()
         self._storage.bm.begin_operation()
 
     def _refusal(self) -> ThinError:
@@ -328,17 +333,27 @@ class PoolMetadata:
 
         From here on only ``abort`` and ``close`` change anything, and the handles show what was committed.
         """
-        if self._failure is None:
-            self._failure = error
-            self._frozen = f"the transaction failed ({str(error) or type(error).__name__}): abort it first"
-            self._begin()
-            for handle in list(self._handles.values()):
-                handle.restore_committed()
-                if not handle.exists:
-                    self._drop(handle)
+        self._give_up(error, f"the transaction failed ({str(error) or type(error).__name__}): abort it first")
         if isinstance(error, OSError) and not isinstance(error, ThinError):
             raise from_below(error) from error
         raise error
+
+    def _give_up(self, reason: BaseException, frozen: str) -> None:
+        """Let nothing but an abort go on from here, and everything that is asked be answered from the last commit."""
+        if self._failure is None:
+            self._failure = reason
+            self._frozen = frozen
+            self._shows_failed = True
+            self._show_committed()
+
+    def _show_committed(self) -> None:
+        """Take what queries go by from the last commit."""
+        self._begin()
+        for handle in list(self._handles.values()):
+            handle.restore_committed()
+            if not handle.exists:
+                self._drop(handle)
+        self._shows_failed = False
 
     def commit(self) -> None:
         """Make everything since the last commit durable, and begin the next transaction.
@@ -411,10 +426,9 @@ class PoolMetadata:
                 raise ThinError(errno.EINVAL, self._frozen or "there is nothing to abort")
             in_doubt = self._storage.superblock_in_doubt
             self._in_service = True
-            if self._failure is None:
-                # Half an abort is no state to go on from: an interrupt in here leaves a failed pool.
-                self._failure = ThinError(errno.EINVAL, "an abort was interrupted")
-                self._frozen = "an abort was interrupted: abort again"
+            # Half an abort is no state to go on from: an interrupt in here leaves a failed pool.
+            interrupted = "an abort was interrupted: abort again"
+            self._give_up(ThinError(errno.EINVAL, interrupted), interrupted)
             try:
                 for handle in self._handles.values():
                     handle.aborted_with_changes = handle.changed or handle.had_changes

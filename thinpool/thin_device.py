@@ -113,7 +113,7 @@ class Handle:
 
     def restore_committed(self) -> None:
         """Give up what was changed since the last commit."""
-        self.had_changes = self.changed
+        self.had_changes = self.had_changes or self.changed
         self.changed = False
         self.root_generation = self.path_generation = -1
         self.finger.leaf = None
@@ -514,6 +514,8 @@ class ThinDevice:
             allocated: list[int] = []
             try:
                 allocated.extend(pool.alloc_data_block() for _ in missing)
+                for block, data_block in zip(missing, allocated, strict=True):
+                    self.insert_block(block, data_block)
             except OutOfSpace:
                 if pool._failure is None:
                     for data_block in allocated:
@@ -522,8 +524,6 @@ class ThinDevice:
             except BaseException as error:
                 # Blocks that nobody knows of any more must not be committed.
                 pool._fail(error)
-            for block, data_block in zip(missing, allocated, strict=True):
-                self.insert_block(block, data_block)
             made: list[Run] = []
             for block, data_block in zip(missing, allocated, strict=True):
                 run = Run(block, data_block, 1, pool._time)

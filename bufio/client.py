@@ -220,7 +220,7 @@ class Client:
             finally:
                 self._lock.acquire()
                 for at, buffer in enumerate(fresh):
-                    buffer.reading = False
+                    buffer.reading = 0
                     if at >= len(results) or results[at] is not None:
                         self._core.destroy(self._table, buffer)
                 self._core.changed.notify_all()
@@ -231,8 +231,7 @@ class Client:
             if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
                 return
             if number not in self._table:
-                buffer = self._create(number)
-                buffer.reading = True
+                buffer = self._create(number, get_ident())
                 fresh.append(buffer)
 
     def _read_uncached(self, block: int) -> Buffer:
@@ -243,10 +242,14 @@ class Client:
             if buffer is None:
                 if not 0 <= block < self.device_size:
                     raise OSError(errno.EIO, f"block {block} is beyond the end ({self.device_size} blocks)", self.name)
-                buffer = self._allocate(block)
-                if buffer is None:
-                    continue
-                self._fill(buffer)
+                try:
+                    buffer = self._allocate(block, get_ident())
+                    if buffer is None:
+                        continue
+                    self._fill(buffer)
+                except BaseException:
+                    self._drop_unread(block)
+                    raise
             elif buffer.reading:
                 error = self._await_read(buffer)
                 if error is not None:
@@ -260,13 +263,12 @@ class Client:
         """Read a new buffer; on failure it leaves the cache and whoever waits for it gets the same error."""
         self._core.counters.misses += 1
         error: OSError | None = OSError(errno.EIO, f"read of block {buffer.block_number} was interrupted", self.name)
-        buffer.reading = True
         try:
             self._lock.release()
             error = self._core.read_into(self.device, [buffer], self._offset)[0]
         finally:
             self._lock.acquire()
-            buffer.reading = False
+            buffer.reading = 0
             if error is not None:
                 self._core.destroy(self._table, buffer)
                 # Whoever waits has the object, not the table: leave the error where they look.
@@ -274,6 +276,14 @@ class Client:
             self._core.changed.notify_all()
         if error is not None:
             raise error
+
+    def _drop_unread(self, block: int) -> None:
+        """Remove a buffer that this thread was going to fill and did not."""
+        buffer = self._table.get(block)
+        if buffer is not None and buffer.reading == get_ident():
+            self._core.destroy(self._table, buffer)
+            buffer.reading = 0
+            self._core.changed.notify_all()
 
     def _await_read(self, buffer: Buffer) -> OSError | None:
         while buffer.reading:
@@ -340,7 +350,7 @@ class Client:
 
     def _write_copy(self, source: Buffer, target: Buffer) -> None:
         """Write the content of *source* to the block of *target*, a new buffer.  Gives the lock up meanwhile."""
-        target.reading = True
+        target.reading = get_ident()
         target.data[:] = source.data
         written = False
         try:
@@ -354,7 +364,7 @@ class Client:
             written = True
         finally:
             self._lock.acquire()
-            target.reading = False
+            target.reading = 0
             if not written:
                 self._core.destroy(self._table, target)
             self._core.changed.notify_all()
@@ -551,8 +561,8 @@ class Client:
 
     # Memory.  All of these are called with the lock, which some of them give up for a while.
 
-    def _create(self, block: int) -> Buffer:
-        buffer = self._core.create(self, self._table, block)
+    def _create(self, block: int, reading: int = 0) -> Buffer:
+        buffer = self._core.create(self, self._table, block, reading)
         if self._aux_size:
             buffer.aux = bytearray(self._aux_size)
         if self._alloc_callback is not None:
@@ -563,31 +573,34 @@ class Client:
                 raise
         return buffer
 
-    def _allocate(self, block: int) -> Buffer | None:
-        """Make a buffer for *block*; None when the lock was given up meanwhile, so that the caller looks again."""
+    def _allocate(self, block: int, reading: int = 0) -> Buffer | None:
+        """Make a buffer for *block*; None when the lock was given up meanwhile, so that the caller looks again.
+
+        :param reading: see :meth:`bufio.core.Core.create`
+        """
         core = self._core
         if core.nr_buffers < self._threshold:
-            return self._create(block)
+            return self._create(block, reading)
         while core.nr_buffers > self._limit and self._evict_one():
             pass
         if len(core.dirty) > _DIRTY_TO_CLEAN * len(core.clean):
             batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
             if batch:
                 self._write_back(batch)
-                return None if block in self._table else self._allocate_at_limit(block)
-        return self._allocate_at_limit(block)
+                return None if block in self._table else self._allocate_at_limit(block, reading)
+        return self._allocate_at_limit(block, reading)
 
-    def _allocate_at_limit(self, block: int) -> Buffer | None:
+    def _allocate_at_limit(self, block: int, reading: int) -> Buffer | None:
         core = self._core
         if self._evict_one() or core.nr_buffers < self._limit:
-            return self._create(block)
+            return self._create(block, reading)
         batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
         failed = self._write_back(batch)
         if len(failed) < len(batch) or block in self._table:
             return None
         if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
             # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.
-            return self._create(block)
+            return self._create(block, reading)
         if failed and not any(b.holders or b.reading or b.writing for b in self._table.values()):
             # Nobody will give anything back: all there is is dirty and cannot be written.
             raise failed[0][1]

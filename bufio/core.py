@@ -73,7 +73,8 @@ class Buffer:
         self.dirty = False
         self.dirty_start = 0
         self.dirty_end = 0
-        self.reading = False
+        self.reading = 0
+        """Ident of the thread that reads the content, 0 when it is there."""
         self.writing = False
         self.referenced = 0
 
@@ -174,13 +175,17 @@ class Core:
         """Return the (live) table of the cached blocks of *device*."""
         return self._tables.setdefault(id(device), {})
 
-    def create(self, client: Client, table: dict[int, Buffer], block: int) -> Buffer:
-        """Make a buffer for *block*, clean and with undefined contents.  Memory is taken without asking."""
+    def create(self, client: Client, table: dict[int, Buffer], block: int, reading: int) -> Buffer:
+        """Make a buffer for *block*, clean and with undefined contents.  Memory is taken without asking.
+
+        :param reading: ident of the thread that is going to read the content, 0 if it will not be read
+        """
         buffer = Buffer(client, block, self._slab.take())
-        table[block] = buffer
-        self.clean[buffer] = None
+        buffer.reading = reading
         self.nr_buffers += 1
         parameters.account(self.buffer_bytes)
+        self.clean[buffer] = None
+        table[block] = buffer
         return buffer
 
     def destroy(self, table: dict[int, Buffer], buffer: Buffer) -> None:

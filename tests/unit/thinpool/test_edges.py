@@ -546,9 +546,6 @@ def test_interrupt_at_any_call_leaves_one_commit_or_the_other(sound: bytes, what
     assert number > 30
 
 
-@pytest.mark.xfail(
-    reason="Client.read: a buffer that is cached but not yet marked as being read stays, with no content"
-)
 def test_query_interrupted_at_any_call_can_be_repeated(many_bitmaps: bytes) -> None:
     """A block whose read was interrupted must not stay in the cache as if it had been read."""
     number = 0

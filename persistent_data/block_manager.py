@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from bufio import Client
 from bufio.client import FIRST_EPOCH
-from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, checksum_of_rest, kind_of
+from persistent_data.checksum import BITMAP_SALT, INDEX_SALT, block_checksum, crc32c, kind_of, xor_of
 from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataError, ReadOnlyMetadata, WouldBlock
 from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR, BLOCKNR_OFFSET, CHECKSUM
 
@@ -61,6 +61,7 @@ class Validator:
     def __init__(self, name: str, salt: int, view: type[View] = View) -> None:
         self.name = name
         self.salt = salt
+        self.xor = xor_of(salt)
         self.view = view
 
     def check(self, data: memoryview, block: int) -> None:
@@ -94,7 +95,7 @@ def complete_for_write(buffer: Buffer) -> None:
     view: View = buffer.aux
     data = buffer.data
     BLOCKNR.pack_into(data, BLOCKNR_OFFSET, buffer.block_number)
-    CHECKSUM.pack_into(data, 0, checksum_of_rest(view.checksummed, view.validator.salt))
+    CHECKSUM.pack_into(data, 0, crc32c(view.checksummed) ^ view.validator.xor)
 
 
 class BlockManager:

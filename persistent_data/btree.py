@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from persistent_data.btree_insert import make_room, split_beneath
 from persistent_data.btree_node import BTREE_NODE, FIRST_SLOT, WORD_VALUE_SIZE, Node, Value
 from persistent_data.btree_remove import rebalance_children
-from persistent_data.btree_spine import KEY_LIMIT, MAX_LEVELS, ReadSpine, ShadowSpine, ValueType
+from persistent_data.btree_spine import KEY_LIMIT, LEVELS, MAX_LEVELS, ReadSpine, ShadowSpine, ValueType
 from persistent_data.errors import CorruptMetadata, InvalidArgument, KeyNotFound
 from persistent_data.layout import LEAF_NODE
 
@@ -315,7 +315,7 @@ class BTree:
         top = block
         low, high = 0, KEY_LIMIT
         unchanged = True
-        for _ in range(MAX_LEVELS):
+        for _ in LEVELS:
             buffer = peek(block) if block in exclusive else None
             if buffer is not None and buffer.aux.__class__ is Node:
                 node: Node = buffer.aux
@@ -471,7 +471,7 @@ class BTree:
         top = node.block
         if owner is not None:
             owner.set_child(owner_index, top)
-        for _ in range(MAX_LEVELS):
+        for _ in LEVELS:
             above = True
             if not node.is_leaf:
                 node, above = rebalance_children(spine, node, key, value_type)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 MAX_LEVELS = 64
 """A deeper tree cannot be: it would need more keys than there are."""
-_LEVELS = (None,) * MAX_LEVELS
-"""To iterate over, without making a range for each search."""
+LEVELS = (None,) * MAX_LEVELS
+"""To iterate over, without making a range for each descent."""
 KEY_LIMIT = 1 << 64
 
 
@@ -97,7 +97,7 @@ class ReadSpine:
         node: Node
         parent: Node | None = None
         slot = 0
-        for _ in _LEVELS:
+        for _ in LEVELS:
             buffer = peek(block)
             if buffer is not None and (node := buffer.aux).__class__ is Node:
                 buffer.referenced = epoch

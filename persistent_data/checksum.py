@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from fastcrc.crc32 import iscsi
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bufio.device import ReadableBuffer
 
 SUPERBLOCK_SALT = 160774
@@ -35,10 +37,13 @@ def block_checksum(block: ReadableBuffer, salt: int) -> int:
     return int(iscsi(memoryview(block)[4:])) ^ _NO_FINAL_INVERSION ^ salt
 
 
-def checksum_of_rest(rest: ReadableBuffer, salt: int) -> int:
-    """As :func:`block_checksum`, of a block that is given without its first four bytes."""
-    checksum: int = iscsi(rest) ^ _NO_FINAL_INVERSION ^ salt
-    return checksum
+crc32c: Callable[[ReadableBuffer], int] = iscsi
+"""The plain CRC-32C; with :func:`xor_of` the two steps of :func:`block_checksum`, for who takes them by the thousand."""
+
+
+def xor_of(salt: int) -> int:
+    """Return what the CRC-32C of a block behind its first four bytes is combined with, to be its checksum."""
+    return _NO_FINAL_INVERSION ^ salt
 
 
 def kind_of(block: ReadableBuffer) -> str | None:

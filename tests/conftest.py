@@ -55,8 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def committed_metadata_is_accepted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test that commits, the reference thin_check passes on what the last commits left.
 
-    An extra: where the reference tools are missing nothing is skipped.  A test that damages what it has committed says so
-    with the marker ``damages``.
+    An extra: where the reference tools are missing nothing is skipped.  A test that damages what it has committed says
+    so with the marker ``damages``.
     """
     committed: dict[int, FileDevice | MemoryDevice] = {}
     commit = Storage.commit

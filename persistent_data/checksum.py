@@ -38,7 +38,7 @@ def block_checksum(block: ReadableBuffer, salt: int) -> int:
 
 
 crc32c: Callable[[ReadableBuffer], int] = iscsi
-"""The plain CRC-32C; with :func:`xor_of` the two steps of :func:`block_checksum`, for who takes them by the thousand."""
+"""The plain CRC-32C; with :func:`xor_of` the two steps of :func:`block_checksum`, for callers in a hurry."""
 
 
 def xor_of(salt: int) -> int:

@@ -257,10 +257,6 @@ class ShadowSpine(ReadSpine):
         validator: Validator = BTREE_NODE
         return self._tm.new_node(validator, flags, like.value_size)
 
-    def read_node(self, block: int) -> Node:
-        """Return a node for reading, without comparing it with anything."""
-        return cast("Node", self._tm.read_block(block, BTREE_NODE))
-
     def is_shared(self, block: int) -> bool:
         """Tell whether a node has more than one reference."""
         return self._tm.block_is_shared(block)

@@ -106,8 +106,8 @@ class Bench:
                     "insert_block, random": store.insert(fresh, BATCH),
                     "remove_block, random": store.remove(leaving, BATCH),
                     "insert_block, sequential": store.insert(tail, BATCH),
+                    "remove_block, sequential": store.remove(tail, BATCH),
                 }
-                store.remove(tail, BATCH)
                 laps["alloc_data_block + insert_block, random"] = store.provision(fresh, BATCH)
                 store.remove(leaving, BATCH)
                 return laps

@@ -10,11 +10,12 @@ import errno
 import fcntl
 import os
 import stat
+from functools import partial
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     ReadableBuffer = bytes | bytearray | memoryview
@@ -36,7 +37,11 @@ _MAX_IOVECS = 1024
 
 
 class Device(Protocol):
-    """What the cache asks of a device.  Errors are ``OSError``; a transfer is whole or an error."""
+    """What the cache asks of a device.  Errors are ``OSError``; a transfer is whole or an error.
+
+    What reaches beyond the end is EIO, whether read, written or discarded: a device does not grow by being written.  A
+    negative offset is EINVAL.
+    """
 
     @property
     def name(self) -> str:
@@ -76,6 +81,59 @@ def _nbytes(buffers: Sequence[ReadableBuffer]) -> int:
     return sum(memoryview(b).nbytes for b in buffers)
 
 
+def transfer_whole(
+    call: Callable[[Sequence[Any], int], int], buffers: Sequence[ReadableBuffer], offset: int, verb: str, name: str
+) -> None:
+    """Repeat a vectored *call* until all *buffers* are through.
+
+    Every device whose raw transfers may be short shares this, so that they all retry and complain alike.
+
+    :param call: moves bytes between the buffers and consecutive bytes at an offset; returns how many it moved.  It is
+        never given more buffers than the system takes at once
+    :param verb: ``read`` or ``write``, for messages
+    :param name: what messages call the device
+    :raises OSError: what *call* raised, with the place; EIO when it moves nothing although something is left, as it
+        does at the end of a device
+    """
+    # Nearly every transfer is over after this, and then nothing has been built or copied.
+    first, rest = buffers[:_MAX_IOVECS], buffers[_MAX_IOVECS:]
+    done = _call(call, first, offset, verb, name)
+    missing = _nbytes(first) - done
+    if not missing and not rest:
+        return
+    offset += done
+    views = [memoryview(b).cast("B") for b in (*first, *rest)]
+    missing += _nbytes(rest)
+    at = 0  # the first of the views that is not through
+    while True:
+        while at < len(views) and done >= views[at].nbytes:
+            done -= views[at].nbytes
+            at += 1
+        if not missing:
+            return
+        if done:
+            views[at] = views[at][done:]
+        done = _call(call, views[at : at + _MAX_IOVECS], offset, verb, name)
+        if not done:
+            raise OSError(errno.EIO, f"short {verb}: {missing} bytes missing at byte {offset}", name)
+        missing -= done
+        offset += done
+
+
+def _call(
+    call: Callable[[Sequence[Any], int], int], buffers: Sequence[ReadableBuffer], offset: int, verb: str, name: str
+) -> int:
+    try:
+        return call(buffers, offset)
+    except OSError as error:
+        raise _at_byte(error, offset, verb, name) from error
+
+
+def _at_byte(error: OSError, offset: int, verb: str, name: str) -> OSError:
+    """Say of which device and which byte an error of the system speaks."""
+    return OSError(error.errno, f"cannot {verb} at byte {offset}: {error.strerror}", name)
+
+
 class FileDevice:
     """A regular file or a block device, opened by path.
 
@@ -101,6 +159,7 @@ class FileDevice:
         if exclusive and self._is_block_device:
             flags |= os.O_EXCL
         self._fd = os.open(self.path, flags)
+        self._size_seen = 0
         if exclusive and not self._is_block_device:
             try:
                 fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -130,6 +189,7 @@ class FileDevice:
         self._read_only = flags & os.O_ACCMODE == os.O_RDONLY
         self._is_block_device = stat.S_ISBLK(mode)
         self._fd = os.dup(fd)
+        self._size_seen = 0
         return self
 
     @property
@@ -152,46 +212,40 @@ class FileDevice:
         return self._fd
 
     def readinto(self, buffer: WritableBuffer, offset: int) -> None:
-        self.preadv([buffer], offset)
+        # Reads of a cache that misses come through here: one call, and the general case only if it comes back short.
+        try:
+            done = os.preadv(self._fd, (buffer,), offset)
+        except OSError as error:
+            raise _at_byte(error, offset, "read", self.path) from error
+        if done != memoryview(buffer).nbytes:
+            self.preadv([memoryview(buffer).cast("B")[done:]], offset + done)
 
     def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
-        self._transfer(os.preadv, buffers, offset, "read")
+        transfer_whole(partial(os.preadv, self._fd), buffers, offset, "read", self.path)
 
     def pwrite(self, data: ReadableBuffer, offset: int) -> None:
-        self.pwritev([data], offset)
+        length = memoryview(data).nbytes
+        self._check_end(offset + length, offset, "write")
+        try:
+            done = os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            raise _at_byte(error, offset, "write", self.path) from error
+        if done != length:
+            self.pwritev([memoryview(data).cast("B")[done:]], offset + done)
 
     def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
-        self._transfer(os.pwritev, buffers, offset, "write")
+        self._check_end(offset + _nbytes(buffers), offset, "write")
+        transfer_whole(partial(os.pwritev, self._fd), buffers, offset, "write", self.path)
 
-    def _transfer(self, call: Any, buffers: Sequence[ReadableBuffer], offset: int, verb: str) -> None:
-        """Repeat a vectored *call* until all *buffers* are through; what stays short is EIO."""
-        if len(buffers) > _MAX_IOVECS:
-            for first in range(0, len(buffers), _MAX_IOVECS):
-                part = buffers[first : first + _MAX_IOVECS]
-                self._transfer(call, part, offset, verb)
-                offset += _nbytes(part)
-            return
-        wanted = _nbytes(buffers)
-        try:
-            done = call(self._fd, buffers, offset)
-            if done == wanted:
-                return
-            rest = [memoryview(b).cast("B") for b in buffers]
-            while done:
-                wanted -= done
-                offset += done
-                while done and done >= rest[0].nbytes:
-                    done -= rest[0].nbytes
-                    del rest[0]
-                if not rest:
-                    return
-                rest[0] = rest[0][done:]
-                done = call(self._fd, rest, offset)
-                if done == wanted:
-                    return
-        except OSError as error:
-            raise OSError(error.errno, f"cannot {verb} at byte {offset}: {error.strerror}", self.path) from error
-        raise OSError(errno.EIO, f"short {verb}: {wanted} bytes missing at byte {offset}", self.path)
+    def _check_end(self, end: int, offset: int, verb: str) -> None:
+        """Refuse to reach beyond the end, where a file would quietly grow.
+
+        The size is asked for only when it is no longer large enough, as it is once after the device has grown.
+        """
+        if end > self._size_seen:
+            self._size_seen = self.size_bytes
+            if end > self._size_seen:
+                raise OSError(errno.EIO, f"cannot {verb} at byte {offset}: beyond the end", self.path)
 
     def flush(self) -> None:
         try:
@@ -200,8 +254,16 @@ class FileDevice:
             raise OSError(error.errno, f"cannot flush: {error.strerror}", self.path) from error
 
     def discard(self, offset: int, length: int) -> None:
+        if offset < 0:
+            raise OSError(errno.EINVAL, f"cannot discard at byte {offset}: {os.strerror(errno.EINVAL)}", self.path)
+        self._check_end(offset + length, offset, "discard")
+        if not length:
+            return  # which the system calls an invalid argument
         if self._is_block_device:
-            fcntl.ioctl(self._fd, _BLKDISCARD, pack("QQ", offset, length))
+            try:
+                fcntl.ioctl(self._fd, _BLKDISCARD, pack("QQ", offset, length))
+            except OSError as error:
+                raise _at_byte(error, offset, "discard", self.path) from error
             return
         import ctypes
 
@@ -255,7 +317,9 @@ class MemoryDevice:
         return bytes(self._bytes)
 
     def _range(self, offset: int, length: int, verb: str) -> slice:
-        if offset < 0 or offset + length > len(self._bytes):
+        if offset < 0:
+            raise OSError(errno.EINVAL, f"cannot {verb} at byte {offset}: {os.strerror(errno.EINVAL)}", self._name)
+        if offset + length > len(self._bytes):
             raise OSError(errno.EIO, f"cannot {verb} at byte {offset}: beyond the end", self._name)
         return slice(offset, offset + length)
 

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import stat
-from functools import partial
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,47 +85,33 @@ def transfer_whole(
 ) -> None:
     """Repeat a vectored *call* until all *buffers* are through.
 
-    Every device whose raw transfers may be short shares this, so that they all retry and complain alike.
+    Every device whose raw transfers may be short shares this, so that all retry and complain alike.
 
-    :param call: moves bytes between the buffers and consecutive bytes at an offset; returns how many it moved.  It is
-        never given more buffers than the system takes at once
-    :param verb: ``read`` or ``write``, for messages
-    :param name: what messages call the device
-    :raises OSError: what *call* raised, with the place; EIO when it moves nothing although something is left, as it
-        does at the end of a device
+    :param call: moves bytes between the buffers and consecutive bytes at an offset; returns how many it moved, and
+        raises what went wrong with the place in it.  It is never given more buffers than the system takes at once
+    :param verb: ``read`` or ``write``, for the message
+    :param name: what the message calls the device
+    :raises OSError: EIO when *call* moves nothing although something is left, as it does at the end of a device
     """
     # Nearly every transfer is over after this, and then nothing has been built or copied.
     first, rest = buffers[:_MAX_IOVECS], buffers[_MAX_IOVECS:]
-    done = _call(call, first, offset, verb, name)
-    missing = _nbytes(first) - done
-    if not missing and not rest:
+    done = call(first, offset)
+    missing = _nbytes(first) - done + _nbytes(rest)
+    if not missing:
         return
     offset += done
-    views = [memoryview(b).cast("B") for b in (*first, *rest)]
-    missing += _nbytes(rest)
+    views = [memoryview(b).cast("B") for b in buffers]
     at = 0  # the first of the views that is not through
-    while True:
-        while at < len(views) and done >= views[at].nbytes:
+    while missing:
+        while done >= views[at].nbytes:
             done -= views[at].nbytes
             at += 1
-        if not missing:
-            return
-        if done:
-            views[at] = views[at][done:]
-        done = _call(call, views[at : at + _MAX_IOVECS], offset, verb, name)
+        views[at] = views[at][done:]
+        done = call(views[at : at + _MAX_IOVECS], offset)
         if not done:
             raise OSError(errno.EIO, f"short {verb}: {missing} bytes missing at byte {offset}", name)
         missing -= done
         offset += done
-
-
-def _call(
-    call: Callable[[Sequence[Any], int], int], buffers: Sequence[ReadableBuffer], offset: int, verb: str, name: str
-) -> int:
-    try:
-        return call(buffers, offset)
-    except OSError as error:
-        raise _at_byte(error, offset, verb, name) from error
 
 
 def _at_byte(error: OSError, offset: int, verb: str, name: str) -> OSError:
@@ -212,30 +197,36 @@ class FileDevice:
         return self._fd
 
     def readinto(self, buffer: WritableBuffer, offset: int) -> None:
-        # Reads of a cache that misses come through here: one call, and the general case only if it comes back short.
-        try:
-            done = os.preadv(self._fd, (buffer,), offset)
-        except OSError as error:
-            raise _at_byte(error, offset, "read", self.path) from error
+        # What a cache misses is read here: one call, and the general case only if it comes back short.
+        done = self._preadv((buffer,), offset)
         if done != memoryview(buffer).nbytes:
             self.preadv([memoryview(buffer).cast("B")[done:]], offset + done)
 
     def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
-        transfer_whole(partial(os.preadv, self._fd), buffers, offset, "read", self.path)
+        transfer_whole(self._preadv, buffers, offset, "read", self.path)
+
+    def _preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> int:
+        try:
+            return os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            raise _at_byte(error, offset, "read", self.path) from error
 
     def pwrite(self, data: ReadableBuffer, offset: int) -> None:
         length = memoryview(data).nbytes
         self._check_end(offset + length, offset, "write")
-        try:
-            done = os.pwrite(self._fd, data, offset)
-        except OSError as error:
-            raise _at_byte(error, offset, "write", self.path) from error
+        done = self._pwritev((data,), offset)
         if done != length:
             self.pwritev([memoryview(data).cast("B")[done:]], offset + done)
 
     def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
         self._check_end(offset + _nbytes(buffers), offset, "write")
-        transfer_whole(partial(os.pwritev, self._fd), buffers, offset, "write", self.path)
+        transfer_whole(self._pwritev, buffers, offset, "write", self.path)
+
+    def _pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> int:
+        try:
+            return os.pwritev(self._fd, buffers, offset)
+        except OSError as error:
+            raise _at_byte(error, offset, "write", self.path) from error
 
     def _check_end(self, end: int, offset: int, verb: str) -> None:
         """Refuse to reach beyond the end, where a file would quietly grow.

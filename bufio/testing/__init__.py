@@ -6,7 +6,7 @@ Neither is loaded by ``import bufio``.  Source: docs/bufio.md, "bufio.testing".
 from __future__ import annotations
 
 from bufio.testing.crash import CrashDevice, CrashImage, Discard, Event, Flush, Grow, Mark, Write
-from bufio.testing.faulty import Call, FaultyDevice, Gate, GateTimeout, Rule, Selection
+from bufio.testing.faulty import Call, FaultyDevice, Gate, GateTimeout, Kind, Rule, Selection
 
 __all__ = [
     "Call",
@@ -19,6 +19,7 @@ __all__ = [
     "Gate",
     "GateTimeout",
     "Grow",
+    "Kind",
     "Mark",
     "Rule",
     "Selection",

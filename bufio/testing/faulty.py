@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     from bufio.device import ReadableBuffer, WritableBuffer
 
-    Kind = Literal["read", "write", "flush", "discard"]
     Proceed = Callable[["_Request"], None]
     Effect = Callable[["_Request", Proceed], None]
 
 D = TypeVar("D", bound=Device)
+
+Kind = Literal["read", "write", "flush", "discard"]
+"""What a device is asked to do; whether a transfer is vectored makes no difference."""
 
 _SECTOR_BYTES = 512
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tests.support")
 
 from bufio import FileDevice, MemoryDevice  # noqa: E402
+from bufio.testing import FaultyDevice  # noqa: E402
 from tests.support import oracles, peers  # noqa: E402
 from thinpool.storage import Storage  # noqa: E402
 
@@ -64,6 +65,8 @@ def committed_metadata_is_accepted(request: pytest.FixtureRequest, monkeypatch: 
     def note_commit(self: Storage, fields: Superblock) -> None:
         commit(self, fields)
         device = self.bm.device
+        if isinstance(device, FaultyDevice):
+            device = device.inner
         if isinstance(device, FileDevice | MemoryDevice):
             committed.pop(id(device), None)
             committed[id(device)] = device

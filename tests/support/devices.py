@@ -1,14 +1,15 @@
-"""A device in memory that writes down what is asked of it, and does what a script says: fail, wait, count."""
+"""Devices in memory: a large one that takes little room, and one that fails as it is told."""
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bufio import MemoryDevice
+from bufio.testing import FaultyDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from bufio.device import ReadableBuffer, WritableBuffer
 
@@ -62,114 +63,20 @@ class SparseDevice:
         """Do nothing."""
 
 
-class Op(NamedTuple):
-    """One call of the device; a vectored one is one."""
+class FaultyMemory(FaultyDevice[MemoryDevice]):
+    """Memory that fails as it is told, without the words in between."""
 
-    kind: str
-    """``read``, ``write``, ``flush`` or ``discard``."""
-    offset: int = 0
-    length: int = 0
+    def __init__(self, contents: int | ReadableBuffer, *, seed: int = 0) -> None:
+        super().__init__(MemoryDevice(contents), seed=seed)
 
-    def covers(self, block: int) -> bool:
-        """Whether any byte of metadata block *block* is concerned."""
-        return self.offset < (block + 1) * BLOCK_SIZE and block * BLOCK_SIZE < self.offset + self.length
+    def contents(self) -> bytes:
+        """Return a copy of everything on the device, whatever the rules."""
+        return self.inner.contents()
 
-
-class ScriptedDevice(MemoryDevice):
-    """``log`` has every call; ``script`` sees each of them before it is done, and may raise or wait."""
-
-    def __init__(self, contents: int | ReadableBuffer, name: str = "scripted") -> None:
-        super().__init__(contents, name)
-        self.log: list[Op] = []
-        self.script: Callable[[Op], None] | None = None
-
-    def _ask(self, kind: str, offset: int = 0, length: int = 0) -> None:
-        op = Op(kind, offset, length)
-        self.log.append(op)
-        if self.script is not None:
-            self.script(op)
+    def grow(self, size_bytes: int) -> None:
+        """Make the device larger, with zeros."""
+        self.inner.grow(size_bytes)
 
     def ops(self, kind: str) -> list[tuple[int, int]]:
         """Offset and length of the calls of one kind so far."""
-        return [(op.offset, op.length) for op in self.log if op.kind == kind]
-
-    def readinto(self, buffer: WritableBuffer, offset: int) -> None:
-        """Read, as the script allows."""
-        self._ask("read", offset, memoryview(buffer).nbytes)
-        super().readinto(buffer, offset)
-
-    def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
-        """Read into several buffers, as the script allows."""
-        self._ask("read", offset, sum(memoryview(b).nbytes for b in buffers))
-        for buffer in buffers:
-            super().readinto(buffer, offset)
-            offset += memoryview(buffer).nbytes
-
-    def pwrite(self, data: ReadableBuffer, offset: int) -> None:
-        """Write, as the script allows."""
-        self._ask("write", offset, memoryview(data).nbytes)
-        super().pwrite(data, offset)
-
-    def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
-        """Write several buffers, as the script allows."""
-        self._ask("write", offset, sum(memoryview(b).nbytes for b in buffers))
-        for buffer in buffers:
-            super().pwrite(buffer, offset)
-            offset += memoryview(buffer).nbytes
-
-    def flush(self) -> None:
-        """Flush, as the script allows."""
-        self._ask("flush")
-
-    def discard(self, offset: int, length: int) -> None:
-        """Discard, as the script allows."""
-        self._ask("discard", offset, length)
-        super().discard(offset, length)
-
-
-def fail_at(kind: str, number: int) -> Callable[[Op], None]:
-    """A script: call *number* of that kind, counted from 0, is an I/O error, the others are done."""
-    left = number
-
-    def script(op: Op) -> None:
-        nonlocal left
-        if op.kind == kind:
-            left -= 1
-            if left == -1:
-                raise OSError(errno.EIO, f"{kind} {number} failed as told")
-
-    return script
-
-
-def fail_from(kind: str, number: int) -> Callable[[Op], None]:
-    """A script: call *number* of that kind, counted from 0, is an I/O error, and so are all that follow."""
-    left = number
-
-    def script(op: Op) -> None:
-        nonlocal left
-        if op.kind == kind:
-            left -= 1
-            if left < 0:
-                raise OSError(errno.EIO, f"{kind} {number} failed as told")
-
-    return script
-
-
-def fail_blocks(kind: str, *blocks: int) -> Callable[[Op], None]:
-    """A script: calls of that kind that concern one of *blocks* are I/O errors, as often as they come."""
-
-    def script(op: Op) -> None:
-        if op.kind == kind and any(op.covers(block) for block in blocks):
-            raise OSError(errno.EIO, f"{kind} of {blocks} failed as told")
-
-    return script
-
-
-def fail_all(kind: str) -> Callable[[Op], None]:
-    """A script: every call of that kind is an I/O error."""
-
-    def script(op: Op) -> None:
-        if op.kind == kind:
-            raise OSError(errno.EIO, f"{kind} failed as told")
-
-    return script
+        return [(call.offset, call.length) for call in self.log if call.kind == kind]

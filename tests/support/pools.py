@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from bufio import MemoryDevice
+    from tests.support.devices import FaultyMemory
     from tests.support.image import Details
     from thinpool.check import Finding
 
@@ -56,7 +57,7 @@ def content_of(image: bytes) -> Content:
     )
 
 
-def assert_sound(device: MemoryDevice, owned: Mapping[int, int] | None = None) -> Image:
+def assert_sound(device: MemoryDevice | FaultyMemory, owned: Mapping[int, int] | None = None) -> Image:
     """Fail unless our check finds nothing wrong and every count is what an independent recount gives.
 
     :param owned: references to data blocks that belong to the caller: allocated, but not mapped (yet)

@@ -4,132 +4,44 @@ from __future__ import annotations
 
 import errno
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bufio import Client, HoldError, WouldDeadlock, parameters
 from bufio.core import BUFFER_OVERHEAD_BYTES
-from tests.support.devices import Op, ScriptedDevice, fail_all, fail_at, fail_blocks
+from bufio.testing import Call
+from tests.support.bufio import (
+    DEADLINE,
+    FEW,
+    FEW_BYTES,
+    NR_BLOCKS,
+    SIZE,
+    Threads,
+    content,
+    dirty,
+    on_device,
+    read,
+    result_of,
+    wait_until,
+)
+from tests.support.devices import FaultyMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from bufio import Buffer
-
-T = TypeVar("T")
-
-SIZE = 4096
-NR_BLOCKS = 64
-DEADLINE = 20  # seconds
-FEW = 8
-"""Buffers of a client that is given hardly any memory."""
-
-
-def content(block: int) -> bytes:
-    return bytes([block + 1]) * SIZE
-
-
-@pytest.fixture
-def device() -> ScriptedDevice:
-    return ScriptedDevice(b"".join(content(block) for block in range(NR_BLOCKS)))
-
-
-@pytest.fixture
-def client(device: ScriptedDevice) -> Iterator[Client]:
-    client = Client(device, SIZE)
-    yield client
-    device.script = None
-    client.discard_all()
-
-
-@pytest.fixture
-def few(device: ScriptedDevice) -> Iterator[Client]:
-    """A client with room for eight buffers and one in reserve."""
-    client = Client(device, SIZE, cache_bytes=FEW * (SIZE + BUFFER_OVERHEAD_BYTES))
-    yield client
-    device.script = None
-    client.discard_all()
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
-def result_of(future: Future[T]) -> T:
-    return future.result(DEADLINE)
-
-
-class Gate:
-    """Holds up calls of one kind until it is opened."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self.reached = threading.Event()
-        self._open = threading.Event()
-
-    def __call__(self, op: Op) -> None:
-        if op.kind == self._kind:
-            self.reached.set()
-            assert self._open.wait(DEADLINE)
-
-    def wait_until_reached(self) -> None:
-        assert self.reached.wait(DEADLINE)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Let other threads go on until *condition* holds; each look takes the client's lock, so they get their turn."""
-    deadline = threading.Event()
-    timer = threading.Timer(DEADLINE, deadline.set)
-    timer.start()
-    try:
-        while not condition():
-            assert not deadline.is_set()
-    finally:
-        timer.cancel()
-
-
-def read(client: Client, block: int) -> bytes:
-    """Read a block and let go of it."""
-    buffer = client.read(block)
-    try:
-        return bytes(buffer.data)
-    finally:
-        buffer.release()
-
-
-def dirty(client: Client, block: int, value: int) -> None:
-    """Change a block and let go of it."""
-    buffer = client.new(block)
-    buffer.data[:] = bytes([value]) * SIZE
-    buffer.mark_dirty()
-    buffer.release()
-
-
-def on_device(device: ScriptedDevice, block: int) -> int:
-    """The byte that a block of the device is full of."""
-    found = set(device.contents()[block * SIZE : (block + 1) * SIZE])
-    assert len(found) == 1
-    return found.pop()
 
 
 # Making one
 
 
 @pytest.mark.parametrize("size", [0, -512, 1, 256, 511, 513, 4095])
-def test_impossible_block_size_is_a_value_error(device: ScriptedDevice, size: int) -> None:
+def test_impossible_block_size_is_a_value_error(device: FaultyMemory, size: int) -> None:
     with pytest.raises(ValueError, match=str(size)):
         Client(device, size)
 
 
 @pytest.mark.parametrize("size", [512, 1536, 4096, 65536])
-def test_block_is_as_large_as_asked(device: ScriptedDevice, size: int) -> None:
+def test_block_is_as_large_as_asked(device: FaultyMemory, size: int) -> None:
     with Client(device, size) as client:
         assert client.block_size == size
         assert client.device_size == NR_BLOCKS * SIZE // size
@@ -138,7 +50,7 @@ def test_block_is_as_large_as_asked(device: ScriptedDevice, size: int) -> None:
         buffer.release()
 
 
-def test_callbacks_and_aux(device: ScriptedDevice) -> None:
+def test_callbacks_and_aux(device: FaultyMemory) -> None:
     made: list[int] = []
     written: list[int] = []
 
@@ -170,10 +82,10 @@ def test_callbacks_and_aux(device: ScriptedDevice) -> None:
 # read
 
 
-def test_read_reads_once(device: ScriptedDevice, client: Client) -> None:
+def test_read_reads_once(device: FaultyMemory, client: Client) -> None:
     assert read(client, 3) == content(3)
     assert read(client, 3) == content(3)
-    assert device.log == [Op("read", 3 * SIZE, SIZE)]
+    assert device.log == [Call("read", 3 * SIZE, SIZE)]
     assert (client.stats.hits, client.stats.misses, client.stats.reads) == (1, 1, 1)
 
 
@@ -189,30 +101,23 @@ def test_holds_are_counted(client: Client) -> None:
         first.release()
 
 
-def test_concurrent_readers_of_one_block_cause_one_read(
-    device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor
-) -> None:
-    gate = device.script = Gate("read")
+def test_concurrent_readers_of_one_block_cause_one_read(device: FaultyMemory, client: Client, threads: Threads) -> None:
+    gate = device.on("read").gate(DEADLINE)
     readers = [threads.submit(read, client, 3) for _ in range(4)]
-    gate.wait_until_reached()
+    gate.wait_for()
     wait_until(lambda: client.stats.waits == 3)
     gate.open()
     assert [result_of(reader) for reader in readers] == [content(3)] * 4
-    assert device.log == [Op("read", 3 * SIZE, SIZE)]
+    assert device.log == [Call("read", 3 * SIZE, SIZE)]
 
 
 def test_failed_read_is_everybodys_error_and_is_tried_again(
-    device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor
+    device: FaultyMemory, client: Client, threads: Threads
 ) -> None:
-    gate = Gate("read")
-
-    def script(op: Op) -> None:
-        gate(op)
-        raise OSError(errno.EIO, "as told")
-
-    device.script = script
+    gate = device.on("read").gate(DEADLINE)
+    device.on("read").fail()
     readers = [threads.submit(read, client, 3) for _ in range(3)]
-    gate.wait_until_reached()
+    gate.wait_for()
     wait_until(lambda: client.stats.waits == 2)
     gate.open()
     for reader in readers:
@@ -221,19 +126,19 @@ def test_failed_read_is_everybodys_error_and_is_tried_again(
         assert error.errno == errno.EIO
     assert len(device.log) == 1
     assert client.stats.cached == 0
-    device.script = None
+    device.clear()
     assert read(client, 3) == content(3)
 
 
 @pytest.mark.parametrize("block", [-1, NR_BLOCKS, 1 << 50])
-def test_block_beyond_the_device_is_an_io_error(device: ScriptedDevice, client: Client, block: int) -> None:
+def test_block_beyond_the_device_is_an_io_error(device: FaultyMemory, client: Client, block: int) -> None:
     with pytest.raises(OSError, match="beyond the end") as caught:
         client.read(block)
     assert caught.value.errno == errno.EIO
     assert device.log == []
 
 
-def test_device_that_grows_is_read_further(device: ScriptedDevice, client: Client) -> None:
+def test_device_that_grows_is_read_further(device: FaultyMemory, client: Client) -> None:
     device.grow((NR_BLOCKS + 1) * SIZE)
     assert client.device_size == NR_BLOCKS + 1
     assert read(client, NR_BLOCKS) == bytes(SIZE)
@@ -242,7 +147,7 @@ def test_device_that_grows_is_read_further(device: ScriptedDevice, client: Clien
 # get and new
 
 
-def test_get_does_no_io(device: ScriptedDevice, client: Client) -> None:
+def test_get_does_no_io(device: FaultyMemory, client: Client) -> None:
     assert client.get(3) is None
     assert device.log == []
     held = client.read(3)
@@ -252,17 +157,17 @@ def test_get_does_no_io(device: ScriptedDevice, client: Client) -> None:
     assert len(device.log) == 1
 
 
-def test_get_does_not_wait_for_a_read(device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor) -> None:
-    gate = device.script = Gate("read")
+def test_get_does_not_wait_for_a_read(device: FaultyMemory, client: Client, threads: Threads) -> None:
+    gate = device.on("read").gate(DEADLINE)
     reader = threads.submit(read, client, 3)
-    gate.wait_until_reached()
+    gate.wait_for()
     assert client.get(3) is None
     gate.open()
     assert result_of(reader) == content(3)
     assert client.get(3) is not None
 
 
-def test_new_does_not_read(device: ScriptedDevice, client: Client) -> None:
+def test_new_does_not_read(device: FaultyMemory, client: Client) -> None:
     dirty(client, 3, 99)
     assert device.log == []
     assert on_device(device, 3) == 4
@@ -270,7 +175,7 @@ def test_new_does_not_read(device: ScriptedDevice, client: Client) -> None:
     assert on_device(device, 3) == 99
 
 
-def test_new_returns_a_cached_buffer_as_it_is(device: ScriptedDevice, client: Client) -> None:
+def test_new_returns_a_cached_buffer_as_it_is(device: FaultyMemory, client: Client) -> None:
     assert read(client, 3) == content(3)
     buffer = client.new(3)
     assert bytes(buffer.data) == content(3)
@@ -278,12 +183,10 @@ def test_new_returns_a_cached_buffer_as_it_is(device: ScriptedDevice, client: Cl
     assert len(device.log) == 1
 
 
-def test_new_waits_for_a_read_that_is_under_way(
-    device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor
-) -> None:
-    gate = device.script = Gate("read")
+def test_new_waits_for_a_read_that_is_under_way(device: FaultyMemory, client: Client, threads: Threads) -> None:
+    gate = device.on("read").gate(DEADLINE)
     reader = threads.submit(read, client, 3)
-    gate.wait_until_reached()
+    gate.wait_for()
     writer = threads.submit(client.new, 3)
     wait_until(lambda: client.stats.waits == 1)
     gate.open()
@@ -294,15 +197,15 @@ def test_new_waits_for_a_read_that_is_under_way(
 # prefetch
 
 
-def test_prefetch_issues_one_read_of_neighbours(device: ScriptedDevice, client: Client) -> None:
+def test_prefetch_issues_one_read_of_neighbours(device: FaultyMemory, client: Client) -> None:
     client.prefetch(3, 4)
-    assert device.log == [Op("read", 3 * SIZE, 4 * SIZE)]
+    assert device.log == [Call("read", 3 * SIZE, 4 * SIZE)]
     assert [read(client, block) for block in range(3, 7)] == [content(block) for block in range(3, 7)]
     assert len(device.log) == 1
     assert client.stats.held == 0
 
 
-def test_prefetch_leaves_out_what_is_cached_or_beyond_the_end(device: ScriptedDevice, client: Client) -> None:
+def test_prefetch_leaves_out_what_is_cached_or_beyond_the_end(device: FaultyMemory, client: Client) -> None:
     read(client, 5)
     device.log.clear()
     client.prefetch(4, 3)
@@ -313,19 +216,19 @@ def test_prefetch_leaves_out_what_is_cached_or_beyond_the_end(device: ScriptedDe
     assert device.ops("read") == [((NR_BLOCKS - 1) * SIZE, SIZE)]
 
 
-def test_error_of_a_prefetch_surfaces_at_the_read_of_that_block_alone(device: ScriptedDevice, client: Client) -> None:
-    device.script = fail_blocks("read", 4)
+def test_error_of_a_prefetch_surfaces_at_the_read_of_that_block_alone(device: FaultyMemory, client: Client) -> None:
+    device.on("read", blocks=[4]).fail()
     client.prefetch(3, 3)
     assert client.get(4) is None
     assert read(client, 3) == content(3)
     assert read(client, 5) == content(5)
     with pytest.raises(OSError, match="as told"):
         client.read(4)
-    device.script = None
+    device.clear()
     assert read(client, 4) == content(4)
 
 
-def test_prefetch_stops_quietly_when_everything_is_held(device: ScriptedDevice, few: Client) -> None:
+def test_prefetch_stops_quietly_when_everything_is_held(device: FaultyMemory, few: Client) -> None:
     held = [few.read(block) for block in range(FEW)]
     device.log.clear()
     few.prefetch(20, 5)
@@ -333,7 +236,7 @@ def test_prefetch_stops_quietly_when_everything_is_held(device: ScriptedDevice, 
     assert [bytes(buffer.data) for buffer in held] == [content(block) for block in range(FEW)]
 
 
-def test_prefetch_gets_through_although_the_cache_is_full_of_dirty_buffers(device: ScriptedDevice, few: Client) -> None:
+def test_prefetch_gets_through_although_the_cache_is_full_of_dirty_buffers(device: FaultyMemory, few: Client) -> None:
     """Found by test_pool_model: a lookup without I/O was never answered, however often prefetches were issued."""
     for block in range(FEW - 1):
         read(few, block)
@@ -357,27 +260,27 @@ def test_prefetch_gets_through_although_the_cache_is_full_of_dirty_buffers(devic
 
 
 def test_dirty_buffers_are_written_in_order_neighbours_together_then_flushed(
-    device: ScriptedDevice, client: Client
+    device: FaultyMemory, client: Client
 ) -> None:
     for block in (9, 3, 8, 4, 20):
         dirty(client, block, 100 + block)
     assert client.stats.dirty == 5
     client.write_dirty_buffers()
     assert device.log == [
-        Op("write", 3 * SIZE, 2 * SIZE),
-        Op("write", 8 * SIZE, 2 * SIZE),
-        Op("write", 20 * SIZE, SIZE),
-        Op("flush"),
+        Call("write", 3 * SIZE, 2 * SIZE),
+        Call("write", 8 * SIZE, 2 * SIZE),
+        Call("write", 20 * SIZE, SIZE),
+        Call("flush"),
     ]
     assert [on_device(device, block) for block in (3, 4, 8, 9, 20)] == [103, 104, 108, 109, 120]
     assert client.stats.dirty == 0
     assert client.stats.coalesced_writes == 2
     device.log.clear()
     client.write_dirty_buffers()
-    assert device.log == [Op("flush")]
+    assert device.log == [Call("flush")]
 
 
-def test_only_the_changed_part_is_written(device: ScriptedDevice, client: Client) -> None:
+def test_only_the_changed_part_is_written(device: FaultyMemory, client: Client) -> None:
     buffer = client.read(3)
     buffer.data[100:110] = bytes(10)
     buffer.mark_dirty(100, 110)
@@ -399,21 +302,21 @@ def test_only_the_changed_part_is_written(device: ScriptedDevice, client: Client
     assert device.ops("write") == [(3 * SIZE, SIZE)]
 
 
-def test_asynchronous_write_does_not_flush(device: ScriptedDevice, client: Client) -> None:
+def test_asynchronous_write_does_not_flush(device: FaultyMemory, client: Client) -> None:
     dirty(client, 3, 99)
     client.write_dirty_buffers_async()
     client.write_dirty_buffers()
-    assert device.log == [Op("write", 3 * SIZE, SIZE), Op("flush")]
+    assert device.log == [Call("write", 3 * SIZE, SIZE), Call("flush")]
 
 
-def test_write_error_is_reported_once_and_nothing_is_lost(device: ScriptedDevice, client: Client) -> None:
+def test_write_error_is_reported_once_and_nothing_is_lost(device: FaultyMemory, client: Client) -> None:
     for block in (3, 4, 5):
         dirty(client, block, 100 + block)
-    device.script = fail_blocks("write", 4)
+    device.on("write", blocks=[4]).fail()
     client.write_dirty_buffers_async()
     assert client.stats.dirty == 1
     assert (on_device(device, 3), on_device(device, 4), on_device(device, 5)) == (103, 5, 105)
-    device.script = None
+    device.clear()
     with pytest.raises(OSError, match="as told") as caught:
         client.write_dirty_buffers()
     assert caught.value.errno == errno.EIO
@@ -421,42 +324,40 @@ def test_write_error_is_reported_once_and_nothing_is_lost(device: ScriptedDevice
     assert on_device(device, 4) == 104
 
 
-def test_write_error_of_a_synchronous_write_leaves_it_dirty(device: ScriptedDevice, client: Client) -> None:
+def test_write_error_of_a_synchronous_write_leaves_it_dirty(device: FaultyMemory, client: Client) -> None:
     dirty(client, 3, 99)
-    device.script = fail_all("write")
+    device.on("write").fail()
     for _ in range(2):
         with pytest.raises(OSError, match="as told"):
             client.write_dirty_buffers()
         assert client.stats.dirty == 1
         assert read(client, 3) == bytes([99]) * SIZE
-    device.script = None
+    device.clear()
     client.write_dirty_buffers()
     assert on_device(device, 3) == 99
 
 
-def test_failed_flush_leaves_everything_dirty(device: ScriptedDevice, client: Client) -> None:
+def test_failed_flush_leaves_everything_dirty(device: FaultyMemory, client: Client) -> None:
     for block in (3, 4):
         dirty(client, block, 99)
-    device.script = fail_at("flush", 0)
+    device.on("flush", times=1).fail()
     with pytest.raises(OSError, match="as told"):
         client.write_dirty_buffers()
     assert client.stats.dirty == 2
     device.log.clear()
     client.write_dirty_buffers()
-    assert device.log == [Op("write", 3 * SIZE, 2 * SIZE), Op("flush")]
+    assert device.log == [Call("write", 3 * SIZE, 2 * SIZE), Call("flush")]
 
 
-def test_buffer_changed_while_it_is_written_stays_dirty(
-    device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor
-) -> None:
+def test_buffer_changed_while_it_is_written_stays_dirty(device: FaultyMemory, client: Client, threads: Threads) -> None:
     dirty(client, 3, 99)
-    gate = device.script = Gate("write")
+    gate = device.on("write").gate(DEADLINE)
     writer = threads.submit(client.write_dirty_buffers)
-    gate.wait_until_reached()
+    gate.wait_for()
     dirty(client, 3, 111)
     gate.open()
     result_of(writer)
-    device.script = None
+    device.clear()
     client.write_dirty_buffers()
     assert on_device(device, 3) == 111
 
@@ -464,7 +365,7 @@ def test_buffer_changed_while_it_is_written_stays_dirty(
 # release_move
 
 
-def test_move_writes_nothing_and_leaves_the_old_block_alone(device: ScriptedDevice, client: Client) -> None:
+def test_move_writes_nothing_and_leaves_the_old_block_alone(device: FaultyMemory, client: Client) -> None:
     buffer = client.read(3)
     device.log.clear()
     buffer.release_move(40)
@@ -479,16 +380,16 @@ def test_move_writes_nothing_and_leaves_the_old_block_alone(device: ScriptedDevi
     assert (on_device(device, 3), on_device(device, 40)) == (4, 4)
 
 
-def test_move_of_a_dirty_buffer_writes_the_old_block_first(device: ScriptedDevice, client: Client) -> None:
+def test_move_of_a_dirty_buffer_writes_the_old_block_first(device: FaultyMemory, client: Client) -> None:
     dirty(client, 3, 99)
     client.read(3).release_move(40)
-    assert device.log == [Op("write", 3 * SIZE, SIZE)]
+    assert device.log == [Call("write", 3 * SIZE, SIZE)]
     assert (on_device(device, 3), on_device(device, 40)) == (99, 41)
     client.write_dirty_buffers()
     assert (on_device(device, 3), on_device(device, 40)) == (99, 99)
 
 
-def test_move_beside_other_holders_copies_on_the_device(device: ScriptedDevice, client: Client) -> None:
+def test_move_beside_other_holders_copies_on_the_device(device: FaultyMemory, client: Client) -> None:
     kept, given = client.read(3), client.read(3)
     given.release_move(40)
     assert kept.block_number == 3
@@ -499,7 +400,7 @@ def test_move_beside_other_holders_copies_on_the_device(device: ScriptedDevice, 
     assert client.stats.held == 0
 
 
-def test_move_drops_what_was_cached_for_the_new_block(device: ScriptedDevice, client: Client) -> None:
+def test_move_drops_what_was_cached_for_the_new_block(device: FaultyMemory, client: Client) -> None:
     dirty(client, 40, 111)
     client.read(3).release_move(40)
     client.write_dirty_buffers()
@@ -507,9 +408,7 @@ def test_move_drops_what_was_cached_for_the_new_block(device: ScriptedDevice, cl
     assert 111 not in device.contents()
 
 
-def test_move_waits_for_the_holder_of_the_new_block(
-    device: ScriptedDevice, client: Client, threads: ThreadPoolExecutor
-) -> None:
+def test_move_waits_for_the_holder_of_the_new_block(device: FaultyMemory, client: Client, threads: Threads) -> None:
     held = client.read(40)
     mover = threads.submit(lambda: client.read(3).release_move(40))
     wait_until(lambda: client.stats.waits == 1)
@@ -531,14 +430,14 @@ def test_move_to_a_block_that_the_same_thread_holds_is_an_error_not_a_hang(clien
     source.release_move(40)
 
 
-def test_move_that_cannot_write_the_old_block_changes_nothing(device: ScriptedDevice, client: Client) -> None:
+def test_move_that_cannot_write_the_old_block_changes_nothing(device: FaultyMemory, client: Client) -> None:
     dirty(client, 3, 99)
     buffer = client.read(3)
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(OSError, match="as told"):
         buffer.release_move(40)
     assert (buffer.block_number, buffer.hold_count, buffer.dirty) == (3, 1, True)
-    device.script = None
+    device.clear()
     buffer.release_move(40)
     assert on_device(device, 3) == 99
 
@@ -555,7 +454,7 @@ def test_move_needs_a_hold_and_another_place(client: Client) -> None:
 # Dropping
 
 
-def test_forget_drops_clean_and_dirty_but_not_held(device: ScriptedDevice, client: Client) -> None:
+def test_forget_drops_clean_and_dirty_but_not_held(device: FaultyMemory, client: Client) -> None:
     read(client, 3)
     dirty(client, 4, 99)
     held = client.read(5)
@@ -576,7 +475,7 @@ def test_forget_buffers_takes_a_range(client: Client, n: int) -> None:
     assert cached == [block for block in range(10) if not 5 <= block < 5 + n]
 
 
-def test_drop_buffers_writes_and_empties(device: ScriptedDevice, client: Client) -> None:
+def test_drop_buffers_writes_and_empties(device: FaultyMemory, client: Client) -> None:
     read(client, 3)
     dirty(client, 4, 99)
     client.drop_buffers()
@@ -584,11 +483,11 @@ def test_drop_buffers_writes_and_empties(device: ScriptedDevice, client: Client)
     assert on_device(device, 4) == 99
 
 
-def test_reset_gives_up_changes_and_errors(device: ScriptedDevice, client: Client) -> None:
+def test_reset_gives_up_changes_and_errors(device: FaultyMemory, client: Client) -> None:
     dirty(client, 4, 99)
-    device.script = fail_all("write")
+    device.on("write").fail()
     client.write_dirty_buffers_async()
-    device.script = None
+    device.clear()
     held = client.read(5)
     client.reset()
     assert client.stats.cached == 1
@@ -598,19 +497,19 @@ def test_reset_gives_up_changes_and_errors(device: ScriptedDevice, client: Clien
     held.release()
 
 
-def test_discard_reaches_the_device_and_forgets_clean_copies(device: ScriptedDevice, client: Client) -> None:
+def test_discard_reaches_the_device_and_forgets_clean_copies(device: FaultyMemory, client: Client) -> None:
     read(client, 3)
     dirty(client, 4, 99)
     held = client.read(5)
     device.log.clear()
     client.issue_discard(3, 3)
-    assert device.log == [Op("discard", 3 * SIZE, 3 * SIZE)]
+    assert device.log == [Call("discard", 3 * SIZE, 3 * SIZE)]
     assert read(client, 3) == bytes(SIZE)
     assert read(client, 4) == bytes([99]) * SIZE
     assert bytes(held.data) == content(5)
 
 
-def test_sector_offset_moves_block_zero(device: ScriptedDevice, client: Client) -> None:
+def test_sector_offset_moves_block_zero(device: FaultyMemory, client: Client) -> None:
     client.set_sector_offset(16)
     assert client.device_size == NR_BLOCKS - 2
     assert read(client, 0) == content(2)
@@ -627,7 +526,7 @@ def test_sector_offset_moves_block_zero(device: ScriptedDevice, client: Client) 
 # Closing
 
 
-def test_close_with_held_buffers_names_them(device: ScriptedDevice, client: Client) -> None:
+def test_close_with_held_buffers_names_them(device: FaultyMemory, client: Client) -> None:
     held = [client.read(block) for block in (7, 3)]
     dirty(client, 4, 99)
     with pytest.raises(HoldError, match=r"\[3, 7\]"):
@@ -639,15 +538,15 @@ def test_close_with_held_buffers_names_them(device: ScriptedDevice, client: Clie
     client.close()
 
 
-def test_close_reports_what_could_not_be_written_and_closes(device: ScriptedDevice, client: Client) -> None:
+def test_close_reports_what_could_not_be_written_and_closes(device: FaultyMemory, client: Client) -> None:
     dirty(client, 4, 99)
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(OSError, match="as told"):
         client.close()
     client.close()
 
 
-def test_context_manager_writes(device: ScriptedDevice) -> None:
+def test_context_manager_writes(device: FaultyMemory) -> None:
     with Client(device, SIZE) as client:
         dirty(client, 4, 99)
     assert on_device(device, 4) == 99
@@ -688,7 +587,7 @@ def test_held_buffers_are_not_evicted(few: Client) -> None:
     assert [bytes(buffer.data) for buffer in held] == [content(block) for block in range(3)]
 
 
-def test_dirty_buffers_are_written_when_memory_is_short(device: ScriptedDevice, few: Client) -> None:
+def test_dirty_buffers_are_written_when_memory_is_short(device: FaultyMemory, few: Client) -> None:
     for block in range(40):
         dirty(few, block, 100 + block)
         assert few.stats.cached <= FEW
@@ -698,11 +597,11 @@ def test_dirty_buffers_are_written_when_memory_is_short(device: ScriptedDevice, 
     assert [on_device(device, block) for block in range(40)] == [100 + block for block in range(40)]
 
 
-def test_write_error_under_memory_pressure_is_reported_by_the_next_write(device: ScriptedDevice, few: Client) -> None:
-    device.script = fail_blocks("write", 0)
+def test_write_error_under_memory_pressure_is_reported_by_the_next_write(device: FaultyMemory, few: Client) -> None:
+    device.on("write", blocks=[0]).fail()
     for block in range(30):
         dirty(few, block, 100 + block)
-    device.script = None
+    device.clear()
     assert 0 in cached(few)
     with pytest.raises(OSError, match="as told"):
         few.write_dirty_buffers()
@@ -721,7 +620,7 @@ def test_wait_that_cannot_end_is_an_error_naming_the_blocks(few: Client) -> None
     assert read(few, 20) == content(20)
 
 
-def test_two_threads_that_wait_for_each_other_are_told(few: Client, threads: ThreadPoolExecutor) -> None:
+def test_two_threads_that_wait_for_each_other_are_told(few: Client, threads: Threads) -> None:
     started = threading.Barrier(2, timeout=DEADLINE)
 
     def hoard(first: int, count: int) -> list[int] | WouldDeadlock:
@@ -741,7 +640,7 @@ def test_two_threads_that_wait_for_each_other_are_told(few: Client, threads: Thr
     assert sorted(type(result).__name__ for result in results) == ["WouldDeadlock", "list"]
 
 
-def test_reader_waits_for_a_release_by_another_thread(few: Client, threads: ThreadPoolExecutor) -> None:
+def test_reader_waits_for_a_release_by_another_thread(few: Client, threads: Threads) -> None:
     held = [few.read(block) for block in range(FEW + 1)]
     reader = threads.submit(read, few, 20)
     wait_until(lambda: few.stats.waits >= 1)
@@ -750,8 +649,8 @@ def test_reader_waits_for_a_release_by_another_thread(few: Client, threads: Thre
     assert result_of(reader) == content(20)
 
 
-def test_reserved_buffers_keep_a_thread_going_at_the_limit(device: ScriptedDevice, threads: ThreadPoolExecutor) -> None:
-    client = Client(device, SIZE, reserved_buffers=3, cache_bytes=FEW * (SIZE + BUFFER_OVERHEAD_BYTES))
+def test_reserved_buffers_keep_a_thread_going_at_the_limit(device: FaultyMemory, threads: Threads) -> None:
+    client = Client(device, SIZE, reserved_buffers=3, cache_bytes=FEW_BYTES)
     held = [client.read(block) for block in range(FEW)]
 
     def use_three() -> list[bytes]:
@@ -777,7 +676,7 @@ def test_minimum_of_buffers_overrides_the_limit(few: Client) -> None:
     assert few.stats.cached == FEW
 
 
-def test_change_of_the_process_wide_limit_reaches_clients_that_exist(device: ScriptedDevice) -> None:
+def test_change_of_the_process_wide_limit_reaches_clients_that_exist(device: FaultyMemory) -> None:
     before = parameters.max_cache_size_bytes
     with Client(device, SIZE) as client:
         for block in range(40):
@@ -795,9 +694,7 @@ def test_change_of_the_process_wide_limit_reaches_clients_that_exist(device: Scr
             assert read(client, block) == bytes([100 + block]) * SIZE
 
 
-def test_many_threads_on_few_buffers_agree_with_the_device(
-    device: ScriptedDevice, few: Client, threads: ThreadPoolExecutor
-) -> None:
+def test_many_threads_on_few_buffers_agree_with_the_device(device: FaultyMemory, few: Client, threads: Threads) -> None:
     def work(number: int) -> None:
         for turn in range(60):
             block = 8 * (turn * 5 % 8) + number
@@ -820,7 +717,7 @@ def test_many_threads_on_few_buffers_agree_with_the_device(
 # Epochs: for an owner that serialises its calls
 
 
-def test_buffer_of_the_present_epoch_stays_and_is_not_written(device: ScriptedDevice, few: Client) -> None:
+def test_buffer_of_the_present_epoch_stays_and_is_not_written(device: FaultyMemory, few: Client) -> None:
     few.epoch = 10
     dirty(few, 0, 99)
     buffer = few.peek(0)
@@ -850,7 +747,7 @@ def test_owner_may_borrow_more_than_the_limit_within_one_epoch(few: Client) -> N
     assert few.stats.cached <= FEW
 
 
-def test_unheld_move_keeps_the_buffer_and_its_old_place_on_the_device(device: ScriptedDevice, few: Client) -> None:
+def test_unheld_move_keeps_the_buffer_and_its_old_place_on_the_device(device: FaultyMemory, few: Client) -> None:
     few.epoch = 10
     few.read(3).release()
     buffer = few.peek(3)
@@ -865,7 +762,7 @@ def test_unheld_move_keeps_the_buffer_and_its_old_place_on_the_device(device: Sc
         few.move(held, 41)
 
 
-def test_statistics_add_up(device: ScriptedDevice, client: Client) -> None:
+def test_statistics_add_up(device: FaultyMemory, client: Client) -> None:
     for block in (1, 1, 2):
         read(client, block)
     dirty(client, 2, 9)

@@ -10,7 +10,8 @@ import pytest
 
 from bufio import FileDevice, MemoryDevice, SyncEngine
 from bufio.memory import Parameters, Slab
-from tests.support.devices import Op, ScriptedDevice, fail_blocks
+from bufio.testing import Call
+from tests.support.devices import FaultyMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,8 +166,8 @@ def test_closing_twice_is_fine_and_the_given_file_stays_open(tmp_path: Path) -> 
 # The engine
 
 
-def scripted() -> ScriptedDevice:
-    return ScriptedDevice(CONTENT)
+def scripted() -> FaultyMemory:
+    return FaultyMemory(CONTENT)
 
 
 def requests(*blocks: int) -> list[tuple[int, memoryview]]:
@@ -178,13 +179,13 @@ def test_neighbours_become_one_call() -> None:
     engine = SyncEngine()
     wanted = requests(1, 2, 3, 5, 7, 8)
     assert engine.read(device, wanted) == [None] * 6
-    assert device.log == [Op("read", 4096, 3 * 4096), Op("read", 5 * 4096, 4096), Op("read", 7 * 4096, 2 * 4096)]
+    assert device.log == [Call("read", 4096, 3 * 4096), Call("read", 5 * 4096, 4096), Call("read", 7 * 4096, 2 * 4096)]
     assert engine.calls == 3
     assert [bytes(view) for _, view in wanted] == [CONTENT[at : at + 4096] for at, _ in wanted]
 
 
 def test_a_call_is_bounded() -> None:
-    device = ScriptedDevice(4 << 20)
+    device = FaultyMemory(4 << 20)
     SyncEngine().write(device, requests(*range(1000)))
     assert max(length for _, length in device.ops("write")) <= 1 << 20
     assert sum(length for _, length in device.ops("write")) == 1000 * 4096
@@ -192,7 +193,7 @@ def test_a_call_is_bounded() -> None:
 
 def test_bad_block_does_not_take_its_neighbours_with_it() -> None:
     device = scripted()
-    device.script = fail_blocks("write", 2)
+    device.on("write", blocks=[2]).fail()
     data = [(block * 4096, memoryview(bytes([block]) * 4096)) for block in (1, 2, 3)]
     results = SyncEngine().write(device, data)
     assert [result is None for result in results] == [True, False, True]

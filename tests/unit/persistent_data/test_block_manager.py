@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from bufio import HoldError
+from bufio.testing import Call
 from persistent_data.block_manager import BITMAP, METADATA_INDEX, BlockManager, Validator
 from persistent_data.errors import CorruptMetadata, InvalidArgument, ReadOnlyMetadata, WouldBlock
-from tests.support.devices import Op, ScriptedDevice, fail_all
+from tests.support.devices import FaultyMemory
 from tests.support.image import SALTS, Image, raw_checksum
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ def sealed(block: int, fill: int, salt: int = KIND.salt) -> bytes:
 
 
 @pytest.fixture
-def device() -> ScriptedDevice:
-    return ScriptedDevice(b"".join(sealed(block, block) for block in range(32)))
+def device() -> FaultyMemory:
+    return FaultyMemory(b"".join(sealed(block, block) for block in range(32)))
 
 
 @pytest.fixture
-def bm(device: ScriptedDevice) -> Iterator[BlockManager]:
+def bm(device: FaultyMemory) -> Iterator[BlockManager]:
     bm = BlockManager(device)
     yield bm
     bm.close(write=False)
@@ -59,7 +60,7 @@ def result_of(future: Future[T]) -> T:
 # Kinds
 
 
-def test_block_is_checked_when_it_is_first_read_and_not_again(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_block_is_checked_when_it_is_first_read_and_not_again(device: FaultyMemory, bm: BlockManager) -> None:
     view = bm.read_lock(3, KIND)
     assert (view.block, view.data[100]) == (3, 3)
     view.data[200] ^= 1  # a checksum that is looked at again would be wrong now
@@ -70,7 +71,7 @@ def test_block_is_checked_when_it_is_first_read_and_not_again(device: ScriptedDe
     assert device.ops("read") == [(3 * SIZE, SIZE)]
 
 
-def test_block_with_a_bad_checksum_is_eilseq(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_block_with_a_bad_checksum_is_eilseq(device: FaultyMemory, bm: BlockManager) -> None:
     device.pwrite(b"\0", 3 * SIZE + 2000)
     for _ in range(2):
         with pytest.raises(CorruptMetadata, match="bad checksum in test block") as caught:
@@ -80,7 +81,7 @@ def test_block_with_a_bad_checksum_is_eilseq(device: ScriptedDevice, bm: BlockMa
     assert bm.client.stats.held == 0
 
 
-def test_block_of_another_place_is_enotblk(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_block_of_another_place_is_enotblk(device: FaultyMemory, bm: BlockManager) -> None:
     device.pwrite(sealed(4, 4, SALTS["node"]), 3 * SIZE)
     with pytest.raises(CorruptMetadata, match="belongs to block 4") as caught:
         bm.borrow(3, KIND)
@@ -88,7 +89,7 @@ def test_block_of_another_place_is_enotblk(device: ScriptedDevice, bm: BlockMana
     assert caught.value.block == 3
 
 
-def test_block_that_is_of_another_kind_on_the_device_is_named_as_that(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_block_that_is_of_another_kind_on_the_device_is_named_as_that(device: FaultyMemory, bm: BlockManager) -> None:
     device.pwrite(sealed(3, 3, SALTS["node"]), 3 * SIZE)
     with pytest.raises(CorruptMetadata, match="expected a test block, found a btree node") as caught:
         bm.borrow(3, KIND)
@@ -105,7 +106,7 @@ def test_block_known_as_one_kind_is_not_another(bm: BlockManager) -> None:
     assert bm.client.stats.dirty == 0
 
 
-def test_zeroing_a_block_changes_its_kind(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_zeroing_a_block_changes_its_kind(device: FaultyMemory, bm: BlockManager) -> None:
     bm.borrow(3, KIND)
     view = bm.write_lock_zero(3, BITMAP)
     assert bytes(view.data) == bytes(SIZE)
@@ -120,7 +121,7 @@ def test_zeroing_a_block_changes_its_kind(device: ScriptedDevice, bm: BlockManag
 
 
 @pytest.mark.parametrize("block", [-1, 32, 1 << 60])
-def test_block_beyond_the_device_is_eio(device: ScriptedDevice, bm: BlockManager, block: int) -> None:
+def test_block_beyond_the_device_is_eio(device: FaultyMemory, bm: BlockManager, block: int) -> None:
     for call in (
         bm.borrow,
         bm.read_lock,
@@ -136,7 +137,7 @@ def test_block_beyond_the_device_is_eio(device: ScriptedDevice, bm: BlockManager
     assert device.log == []
 
 
-def test_number_and_checksum_are_put_in_when_the_block_is_written(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_number_and_checksum_are_put_in_when_the_block_is_written(device: FaultyMemory, bm: BlockManager) -> None:
     view = bm.write_lock(3, KIND)
     view.data[8:] = bytes([77]) * (SIZE - 8)
     bm.unlock(view)
@@ -149,7 +150,7 @@ def test_number_and_checksum_are_put_in_when_the_block_is_written(device: Script
     fresh.close()
 
 
-def test_all_zeroes_says_nothing_about_the_kind(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_all_zeroes_says_nothing_about_the_kind(device: FaultyMemory, bm: BlockManager) -> None:
     device.pwrite(bytes(SIZE), 5 * SIZE)
     assert bm.is_all_zeroes(5)
     assert not bm.is_all_zeroes(3)
@@ -226,29 +227,23 @@ def test_try_lock_does_not_wait_for_a_writer(bm: BlockManager, other: ThreadPool
     assert result_of(other.submit(bm.try_read_lock, 3, KIND)) is view
 
 
-def test_try_lock_does_no_io(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_try_lock_does_no_io(device: FaultyMemory, bm: BlockManager) -> None:
     with pytest.raises(WouldBlock):
         bm.try_read_lock(3, KIND)
     assert device.log == []
     bm.prefetch(3, 2)
-    assert device.log == [Op("read", 3 * SIZE, 2 * SIZE)]
+    assert device.log == [Call("read", 3 * SIZE, 2 * SIZE)]
     bm.unlock(bm.try_read_lock(3, KIND))
     bm.unlock(bm.try_read_lock(4, KIND))
 
 
-def test_try_lock_does_not_wait_for_a_read(device: ScriptedDevice, bm: BlockManager, other: ThreadPoolExecutor) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-
-    def script(op: Op) -> None:
-        reached.set()
-        assert go_on.wait(DEADLINE)
-
-    device.script = script
+def test_try_lock_does_not_wait_for_a_read(device: FaultyMemory, bm: BlockManager, other: ThreadPoolExecutor) -> None:
+    gate = device.on("read").gate(DEADLINE)
     reader = other.submit(bm.read_lock, 3, KIND)
-    assert reached.wait(DEADLINE)
+    gate.wait_for()
     with pytest.raises(WouldBlock):
         bm.try_read_lock(3, KIND)
-    go_on.set()
+    gate.open()
     assert bm.lock_count(result_of(reader)) == 1
 
 
@@ -270,7 +265,7 @@ def test_lock_that_the_same_thread_has_is_refused_and_not_waited_for(bm: BlockMa
 # Read-only mode, flush, close
 
 
-def test_read_only_mode_refuses_what_changes(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_read_only_mode_refuses_what_changes(device: FaultyMemory, bm: BlockManager) -> None:
     view = bm.borrow(3, KIND)
     bm.read_only = True
     for call in (
@@ -293,13 +288,13 @@ def test_read_only_mode_refuses_what_changes(device: ScriptedDevice, bm: BlockMa
     assert device.ops("write")
 
 
-def test_write_error_is_raised_by_the_flush(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_write_error_is_raised_by_the_flush(device: FaultyMemory, bm: BlockManager) -> None:
     bm.unlock(bm.write_lock(3, KIND))
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(OSError, match="as told") as caught:
         bm.flush()
     assert caught.value.errno == errno.EIO
-    device.script = None
+    device.clear()
     bm.flush()
 
 
@@ -309,7 +304,7 @@ def test_reset_returns_to_what_is_on_the_device(bm: BlockManager) -> None:
     assert bm.borrow(3, KIND).data[100] == 3
 
 
-def test_close_writes_what_is_dirty_unless_told_otherwise(device: ScriptedDevice) -> None:
+def test_close_writes_what_is_dirty_unless_told_otherwise(device: FaultyMemory) -> None:
     for write, expected in ((False, 3), (True, 99)):
         bm = BlockManager(device)
         bm.borrow_for_write(3, KIND).data[100] = 99
@@ -324,7 +319,7 @@ def test_close_with_a_lock_names_the_block(bm: BlockManager) -> None:
     bm.unlock(view)
 
 
-def test_size_is_the_devices_at_this_moment(device: ScriptedDevice, bm: BlockManager) -> None:
+def test_size_is_the_devices_at_this_moment(device: FaultyMemory, bm: BlockManager) -> None:
     assert bm.nr_blocks == 32
     device.grow(33 * SIZE + 100)
     assert bm.nr_blocks == 33

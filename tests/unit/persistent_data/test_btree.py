@@ -13,7 +13,7 @@ import pytest
 from persistent_data.btree import BTree, Finger, block_pointers
 from persistent_data.btree_spine import ValueType
 from persistent_data.errors import CorruptMetadata, InvalidArgument, KeyNotFound, WouldBlock
-from tests.support.devices import ScriptedDevice
+from tests.support.devices import FaultyMemory
 from tests.support.image import SALTS, raw_checksum
 from tests.support.trees import BLOCK_SIZE, Store, describe_tree
 
@@ -31,7 +31,7 @@ class Trees:
     """A store, and single-level trees with wide values in it."""
 
     def __init__(self, nr_blocks: int = 2000, cache_bytes: int | None = None) -> None:
-        self.device = ScriptedDevice(nr_blocks * BLOCK_SIZE)
+        self.device = FaultyMemory(nr_blocks * BLOCK_SIZE)
         self.store = Store.format(self.device, cache_bytes=cache_bytes)
         self.tree = BTree(self.store.tm, [ValueType(WIDE)])
 

@@ -14,7 +14,7 @@ from persistent_data.btree_insert import balance, distribute
 from persistent_data.btree_node import BTREE_NODE, Node, Value, WideNode, format_node, view_again
 from persistent_data.errors import CorruptMetadata
 from persistent_data.layout import INTERNAL_NODE, LEAF_NODE, max_entries
-from tests.support.devices import ScriptedDevice
+from tests.support.devices import FaultyMemory
 from tests.support.image import SALTS, Image, raw_checksum
 from tests.support.trees import BLOCK_SIZE
 
@@ -26,7 +26,7 @@ SIZES = [4, 8, 24, 480, 1000]
 
 @pytest.fixture
 def bm() -> Iterator[BlockManager]:
-    bm = BlockManager(ScriptedDevice(16 * BLOCK_SIZE))
+    bm = BlockManager(FaultyMemory(16 * BLOCK_SIZE))
     yield bm
     bm.close(write=False)
 
@@ -82,7 +82,7 @@ def test_entries_are_inserted_and_deleted_in_place(bm: BlockManager, size: int) 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_image_of_a_node_is_what_an_independent_reader_sees(size: int) -> None:
-    device = ScriptedDevice(16 * BLOCK_SIZE)
+    device = FaultyMemory(16 * BLOCK_SIZE)
     bm = BlockManager(device)
     node = node_of(bm, 5, size, range(10, 13))
     bm.begin_operation()
@@ -198,7 +198,7 @@ GOOD = node_bytes(keys=(1, 2, 3))
     ],
 )
 def test_damaged_node_is_refused_by_block_and_rule(data: bytes, rule: str) -> None:
-    device = ScriptedDevice(16 * BLOCK_SIZE)
+    device = FaultyMemory(16 * BLOCK_SIZE)
     device.pwrite(data, 3 * BLOCK_SIZE)
     bm = BlockManager(device)
     with pytest.raises(CorruptMetadata, match=rule) as caught:
@@ -211,7 +211,7 @@ def test_damaged_node_is_refused_by_block_and_rule(data: bytes, rule: str) -> No
 
 
 def test_stale_bytes_behind_the_entries_do_no_harm() -> None:
-    device = ScriptedDevice(16 * BLOCK_SIZE)
+    device = FaultyMemory(16 * BLOCK_SIZE)
     device.pwrite(node_bytes(keys=(1, 2, 3, 0, 7, 7), nr_entries=3), 3 * BLOCK_SIZE)
     node = BlockManager(device).borrow(3, BTREE_NODE)
     assert isinstance(node, Node)

@@ -9,7 +9,7 @@ import pytest
 
 from persistent_data.block_manager import BITMAP, Validator
 from persistent_data.errors import NoFreeBlock, ReadOnlyMetadata, WouldBlock
-from tests.support.devices import ScriptedDevice
+from tests.support.devices import FaultyMemory
 from tests.support.trees import BLOCK_SIZE, Store
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ KIND = Validator("test block", 0xABCD)
 
 
 @pytest.fixture
-def device() -> ScriptedDevice:
-    return ScriptedDevice(64 * BLOCK_SIZE)
+def device() -> FaultyMemory:
+    return FaultyMemory(64 * BLOCK_SIZE)
 
 
 @pytest.fixture
-def store(device: ScriptedDevice) -> Store:
+def store(device: FaultyMemory) -> Store:
     return Store.format(device)
 
 
@@ -61,7 +61,7 @@ def test_block_of_this_transaction_is_changed_in_place(tm: TransactionManager) -
 
 
 def test_block_of_the_last_commit_is_moved_and_stays_on_the_device(
-    device: ScriptedDevice, store: Store, tm: TransactionManager
+    device: FaultyMemory, store: Store, tm: TransactionManager
 ) -> None:
     old = committed_block(store)
     buffer = tm.read_block(old, KIND).buffer
@@ -169,7 +169,7 @@ def test_nothing_is_shadowed_in_read_only_mode(store: Store, tm: TransactionMana
     assert tm.ref(old) == 1
 
 
-def test_superblock_is_written_by_itself_after_everything_else(device: ScriptedDevice, store: Store) -> None:
+def test_superblock_is_written_by_itself_after_everything_else(device: FaultyMemory, store: Store) -> None:
     committed_block(store)
     store.tm.new_block(KIND)
     device.log.clear()
@@ -179,12 +179,12 @@ def test_superblock_is_written_by_itself_after_everything_else(device: ScriptedD
     before = [op for op in device.log if op.kind != "read"][:first_flush]
     after = [op for op in device.log if op.kind != "read"][first_flush + 1 :]
     assert before
-    assert all(not op.covers(0) for op in before)
+    assert all(not op.overlaps(0, BLOCK_SIZE) for op in before)
     assert [op.kind for op in after] == ["write", "flush"]
     assert (after[0].offset, after[0].length) == (0, BLOCK_SIZE)
 
 
-def test_nothing_that_the_last_commit_refers_to_is_ever_written(device: ScriptedDevice, store: Store) -> None:
+def test_nothing_that_the_last_commit_refers_to_is_ever_written(device: FaultyMemory, store: Store) -> None:
     blocks = [committed_block(store, fill) for fill in range(1, 9)]
     for turn in range(30):
         live = set(store.image().counts("metadata")) - {0}
@@ -199,14 +199,14 @@ def test_nothing_that_the_last_commit_refers_to_is_ever_written(device: Scripted
         store.tm.pre_commit()
         for op in device.log:
             if op.kind == "write":
-                assert not [block for block in live if op.covers(block)]
+                assert not [block for block in live if op.overlaps(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)]
         store.commit([])
 
 
 # The non-blocking clone
 
 
-def test_clone_reads_what_is_cached_and_notes_what_is_not(device: ScriptedDevice, store: Store) -> None:
+def test_clone_reads_what_is_cached_and_notes_what_is_not(device: FaultyMemory, store: Store) -> None:
     block = committed_block(store)
     store.reopen()
     clone = store.tm.non_blocking_clone()
@@ -224,7 +224,7 @@ def test_clone_reads_what_is_cached_and_notes_what_is_not(device: ScriptedDevice
 
 
 def test_first_of_two_blocks_in_one_slot_is_prefetched() -> None:
-    device = ScriptedDevice(400 * BLOCK_SIZE)
+    device = FaultyMemory(400 * BLOCK_SIZE)
     store = Store.format(device)
     store.reopen()
     clone = store.tm.non_blocking_clone()

@@ -15,7 +15,8 @@ import pytest
 
 from bufio import FileDevice, MemoryDevice
 from bufio.core import Core
-from tests.support.devices import Op, ScriptedDevice, fail_all
+from bufio.testing import Call
+from tests.support.devices import FaultyMemory
 from tests.support.image import ENTRIES_PER_BITMAP
 from tests.support.pools import assert_sound, content_of
 from tests.support.scenario import FRESH_DATA_BLOCK, NR_DATA_BLOCKS, OWNED, build
@@ -64,14 +65,14 @@ def many_bitmaps() -> bytes:
     return device.contents()
 
 
-def opened(image: bytes, cache_bytes: int | None = None) -> tuple[ScriptedDevice, PoolMetadata, ThinDevice]:
+def opened(image: bytes, cache_bytes: int | None = None) -> tuple[FaultyMemory, PoolMetadata, ThinDevice]:
     """A pool on a device of its own, with its device 0."""
-    device = ScriptedDevice(image)
+    device = FaultyMemory(image)
     pool = PoolMetadata.open(device, cache_bytes=cache_bytes)
     return device, pool, pool.open_thin_device(0)
 
 
-def forget_what_is_clean(pool: PoolMetadata, device: ScriptedDevice) -> None:
+def forget_what_is_clean(pool: PoolMetadata, device: FaultyMemory) -> None:
     """Have the cache read everything again that need not be written, as it would when memory ran short."""
     client = pool._storage.bm.client
     for block in range(device.size_bytes // BLOCK):
@@ -80,14 +81,9 @@ def forget_what_is_clean(pool: PoolMetadata, device: ScriptedDevice) -> None:
             client.forget(block)
 
 
-def interrupt_at(kind: str, block: int | None = None) -> Callable[[Op], None]:
-    """A script: the user loses patience at the first call of that kind (that concerns *block*)."""
-
-    def script(op: Op) -> None:
-        if op.kind == kind and (block is None or op.covers(block)):
-            raise KeyboardInterrupt
-
-    return script
+def interrupt(_call: Call) -> None:
+    """The user loses patience."""
+    raise KeyboardInterrupt
 
 
 # Queries
@@ -120,11 +116,11 @@ def test_query_that_cannot_read_loses_no_count(many_bitmaps: bytes, query: str) 
     device, pool, thin = opened(many_bitmaps)
     thin.insert_block(0, pool.alloc_data_block())
     forget_what_is_clean(pool, device)
-    device.script = fail_all("read")
+    device.on("read").fail()
     with pytest.raises(ThinError) as caught:
         QUERIES[query](pool, thin)
     assert caught.value.errno == errno.EIO
-    device.script = None
+    device.clear()
     assert not pool.block_is_used(LAST_BITMAP + 1)
     pool.commit()
     assert_sound(device)
@@ -243,11 +239,11 @@ def test_failure_that_the_pre_commit_callback_swallows_stops_the_commit(sound: b
 
     def careless() -> None:
         forget_what_is_clean(pool, device)
-        device.script = fail_all("read")
+        device.on("read").fail()
         with pytest.raises(ThinError) as inner:
             thin.remove_range(0, 100)
         assert inner.value.errno == errno.EIO
-        device.script = None
+        device.clear()
 
     pool.register_pre_commit_callback(careless)
     with pytest.raises(ThinError, match="abort") as caught:
@@ -287,7 +283,7 @@ def test_locked_file_is_device_busy(tmp_path: Path, sound: bytes) -> None:
 
 
 def test_pool_opened_read_only_stays_so(sound: bytes) -> None:
-    device = ScriptedDevice(sound)
+    device = FaultyMemory(sound)
     pool = PoolMetadata.open(device, read_only=True)
     with pytest.raises(ReadOnly) as caught:
         pool.set_read_write()
@@ -305,7 +301,7 @@ def test_features_that_allow_reading_only_cannot_be_got_round(sound: bytes) -> N
     """A newer kernel's pool opened read-only and then switched would have been written by who does not know how."""
     surgeon = Surgeon(sound)
     surgeon.superblock(compat_ro_flags=4)
-    device = ScriptedDevice(surgeon.content())
+    device = FaultyMemory(surgeon.content())
     with pytest.raises(Corrupt, match="reading only"):
         PoolMetadata.open(device)
     with PoolMetadata.open(device, read_only=True) as pool, pool.open_thin_device(0) as thin:
@@ -399,7 +395,7 @@ def after_change(sound: bytes) -> Content:
     return content_of(device.contents())
 
 
-def assert_recovers(device: ScriptedDevice, pool: PoolMetadata, thin: ThinDevice, *expected: Content) -> None:
+def assert_recovers(device: FaultyMemory, pool: PoolMetadata, thin: ThinDevice, *expected: Content) -> None:
     """A failed pool refuses to go on, returns to one of *expected* by an abort, and works from there."""
     assert_sound(MemoryDevice(device.contents()), OWNED)
     for call in (pool.commit, lambda: pool.create_thin(60), lambda: thin.provision(8000, 1)):
@@ -414,7 +410,7 @@ def assert_recovers(device: ScriptedDevice, pool: PoolMetadata, thin: ThinDevice
     go_on(device, pool, thin)
 
 
-def go_on(device: ScriptedDevice, pool: PoolMetadata, thin: ThinDevice) -> None:
+def go_on(device: FaultyMemory, pool: PoolMetadata, thin: ThinDevice) -> None:
     """Do some more; at no time does that hurt what is committed."""
     thin.insert_block(7010, pool.alloc_data_block())
     thin.remove_block(7)
@@ -468,17 +464,17 @@ def test_abort_may_be_interrupted_as_often_as_one_likes(sound: bytes) -> None:
     device, pool, thin = opened(sound)
     change_much(pool, thin)
     for block in (0, *range(1, 8)):
-        device.script = interrupt_at("read", block)
+        device.on("read", blocks=[block]).call(interrupt)
         try:
             pool.abort()
         except KeyboardInterrupt:
-            device.script = None
+            device.clear()
             with pytest.raises(ThinError, match="abort"):
                 pool.commit()
-    device.script = interrupt_at("read")
+    device.on("read").call(interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.abort()
-    device.script = None
+    device.clear()
     assert_recovers(device, pool, thin, content_of(sound))
 
 

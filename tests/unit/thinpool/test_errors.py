@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from bufio import FileDevice, MemoryDevice
-from tests.support.devices import ScriptedDevice, fail_all, fail_at, fail_blocks, fail_from
+from tests.support.devices import FaultyMemory
 from tests.support.image import SALTS, UNSPECIFIED, Image, raw_checksum
 from tests.support.pools import assert_sound, content_of, outcome_of
 from tests.support.scenario import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from bufio.testing import Kind
     from tests.support.pools import Content
 
 BLOCK = 4096
@@ -66,14 +67,14 @@ def with_snap() -> bytes:
 
 
 class Opened(NamedTuple):
-    device: ScriptedDevice
+    device: FaultyMemory
     pool: PoolMetadata
     thin: ThinDevice
 
 
 def open_pool(image: bytes, *, read_only: bool = False) -> Opened:
     """A pool on a device of its own, with its device 0."""
-    device = ScriptedDevice(image)
+    device = FaultyMemory(image)
     pool = PoolMetadata.open(device, read_only=read_only)
     return Opened(device, pool, pool.open_thin_device(0))
 
@@ -465,7 +466,7 @@ def still_owned(content: Content) -> dict[int, int]:
     return {block: count for block, count in OWNED.items() if block in content.data_counts and block not in mapped}
 
 
-def fail_each(kind: str, image: bytes, step: Callable[[PoolMetadata, ThinDevice], object], then_commit: bool) -> int:
+def fail_each(kind: Kind, image: bytes, step: Callable[[PoolMetadata, ThinDevice], object], then_commit: bool) -> int:
     """Let *step* meet an I/O error at its first call of that kind, at its second, and so on; return how often."""
     opened = open_pool(image)
     committed = answers(opened.pool, opened.thin)
@@ -478,7 +479,7 @@ def fail_each(kind: str, image: bytes, step: Callable[[PoolMetadata, ThinDevice]
         before = answers(pool, thin)
         pool._storage.bm.client.drop_buffers()
         # A vectored write is repeated block by block, so a device that fails once only is not noticed.
-        device.script = fail_from(kind, number) if kind == "write" else fail_at(kind, number)
+        device.on(kind, skip=number, times=None if kind == "write" else 1).fail()
 
         def do(pool: PoolMetadata = pool, thin: ThinDevice = thin) -> None:
             step(pool, thin)
@@ -486,7 +487,7 @@ def fail_each(kind: str, image: bytes, step: Callable[[PoolMetadata, ThinDevice]
                 pool.commit()
 
         error = outcome_of(do)
-        device.script = None
+        device.clear()
         if error is None:
             return number
         assert isinstance(error, ThinError)
@@ -522,7 +523,7 @@ def test_read_error_anywhere_in_a_change_leaves_the_last_commit(
 
 @pytest.mark.parametrize("kind", ["write", "flush"])
 @pytest.mark.parametrize("what", ["insert_block", "create_snap", "remove_range", "reserve_metadata_snap"])
-def test_write_error_anywhere_in_a_commit_leaves_a_whole_commit(what: str, kind: str, sound: bytes) -> None:
+def test_write_error_anywhere_in_a_commit_leaves_a_whole_commit(what: str, kind: Kind, sound: bytes) -> None:
     assert fail_each(kind, sound, STEPS[what], then_commit=True) >= 2
 
 
@@ -571,7 +572,7 @@ def test_block_of_another_place_is_enotblk(sound: bytes) -> None:
 
 
 def test_metadata_exhausted_leaves_the_last_commit() -> None:
-    device = ScriptedDevice(20 * BLOCK)
+    device = FaultyMemory(20 * BLOCK)
     pool = PoolMetadata.format(device, 128, NR_DATA_BLOCKS)
     pool.create_thin(0)
     pool.commit()
@@ -593,11 +594,11 @@ def test_metadata_exhausted_leaves_the_last_commit() -> None:
 
 def test_failed_pool_can_be_marked_for_a_check(sound: bytes) -> None:
     device, pool, thin = open_pool(sound)
-    device.script = fail_all("write")
+    device.on("write").fail()
     change_something(pool, thin)
     with pytest.raises(ThinError):
         pool.commit()
-    device.script = None
+    device.clear()
     pool.set_needs_check()
     assert content_of(device.contents()) == content_of(sound)._replace(flags=1)
     pool.abort()
@@ -606,11 +607,11 @@ def test_failed_pool_can_be_marked_for_a_check(sound: bytes) -> None:
 
 def test_failed_pool_closes_without_losing_what_was_committed(sound: bytes) -> None:
     device, pool, thin = open_pool(sound)
-    device.script = fail_all("write")
+    device.on("write").fail()
     change_something(pool, thin)
     with pytest.raises(ThinError):
         pool.commit()
-    device.script = None
+    device.clear()
     thin.close()
     pool.close()
     assert content_of(device.contents()) == content_of(sound)
@@ -621,11 +622,11 @@ def test_error_of_a_commit_within_close_is_raised_and_the_pool_is_closed(sound: 
     device, pool, thin = open_pool(sound)
     change_something(pool, thin)
     thin.close()
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(ThinError) as caught:
         pool.close()
     assert caught.value.errno == errno.EIO
-    device.script = None
+    device.clear()
     pool.close()
     assert content_of(device.contents()) == content_of(sound)
 
@@ -633,11 +634,11 @@ def test_error_of_a_commit_within_close_is_raised_and_the_pool_is_closed(sound: 
 def test_abort_that_cannot_read_leaves_only_close(sound: bytes) -> None:
     device, pool, thin = open_pool(sound)
     change_something(pool, thin)
-    device.script = fail_blocks("read", 0)
+    device.on("read", blocks=[0]).fail()
     with pytest.raises(ThinError) as caught:
         pool.abort()
     assert caught.value.errno == errno.EIO
-    device.script = None
+    device.clear()
     for call in (
         pool.abort,
         pool.commit,
@@ -730,10 +731,10 @@ def test_device_deleted_and_made_again_is_the_committed_one_after_a_failure(soun
     pool.delete_thin_device(3)
     pool.create_thin(3)
     second = pool.open_thin_device(3)
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(ThinError):
         pool.commit()
-    device.script = None
+    device.clear()
     assert pool.devices()[3].mapped_blocks == 5
     with pool.open_thin_device(3) as committed:
         assert committed.mapped_count == 5
@@ -752,10 +753,10 @@ def test_failed_commit_shows_the_counts_of_the_last_one(sound: bytes) -> None:
     device, pool, thin = open_pool(sound)
     before = thin.mapped_count
     thin.provision(20000, 10)
-    device.script = fail_all("write")
+    device.on("write").fail()
     with pytest.raises(ThinError):
         pool.commit()
-    device.script = None
+    device.clear()
     assert thin.mapped_count == before
     assert pool.devices()[0].mapped_blocks == before
     pool.abort()
@@ -862,7 +863,7 @@ def test_impossible_data_block_size_is_refused(size: int) -> None:
 
 
 def test_another_data_block_size_than_the_pools_is_refused(sound: bytes) -> None:
-    device = ScriptedDevice(sound)
+    device = FaultyMemory(sound)
     with pytest.raises(ThinError, match="128 sectors, not 256") as caught:
         PoolMetadata.open(device, 256)
     assert caught.value.errno == errno.EINVAL
@@ -894,7 +895,7 @@ def test_bad_superblocks_are_refused_by_name(sound: bytes) -> None:
         (sound[: 20 * BLOCK], errno.EINVAL, "blocks"),
     ]
     for contents, number, word in cases:
-        device = ScriptedDevice(contents)
+        device = FaultyMemory(contents)
         with pytest.raises(Corrupt) as caught:
             PoolMetadata.open(device)
         assert caught.value.errno == number
@@ -921,8 +922,8 @@ def test_unknown_features_are_respected(sound: bytes) -> None:
 
 
 def test_unreadable_superblock_is_an_io_error(sound: bytes) -> None:
-    device = ScriptedDevice(sound)
-    device.script = fail_all("read")
+    device = FaultyMemory(sound)
+    device.on("read").fail()
     with pytest.raises(ThinError) as caught:
         PoolMetadata.open(device)
     assert caught.value.errno == errno.EIO

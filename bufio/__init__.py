@@ -8,11 +8,12 @@ from __future__ import annotations
 from bufio.client import Client
 from bufio.core import Buffer, Stats
 from bufio.device import Device, FileDevice, MemoryDevice
-from bufio.engine import SyncEngine
+from bufio.engine import AsyncEngine, SyncEngine
 from bufio.errors import HoldError, WouldDeadlock
 from bufio.memory import parameters
 
 __all__ = [
+    "AsyncEngine",
     "Buffer",
     "Client",
     "Device",

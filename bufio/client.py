@@ -9,12 +9,13 @@ import errno
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from bufio.core import WRITE_BACK_BATCH, Buffer, Core, Stats
-from bufio.errors import HoldError, WouldDeadlock
+from bufio.core import WRITE_BACK_BATCH, Buffer, CachedDevice, Core, Stats
+from bufio.errors import HoldError
 from bufio.memory import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
+    from threading import Lock
     from typing import Self
 
     from bufio.device import Device
@@ -64,16 +65,16 @@ class Client:
         self.block_size = block_size
         self._core = Core(block_size, engine)
         self._lock = self._core.lock
-        self._table = self._core.table_of(device)
+        self._home = CachedDevice(device, self, prepare=write_callback)
+        self._table = self._home.table
+        self._counters = self._core.counters
         self._reserved_buffers = reserved_buffers
         self._aux_size = aux_size
         self._alloc_callback = alloc_callback
-        self._write_callback = write_callback
-        self._offset = 0
         self._minimum_buffers = 0
+        self._known_size = 0
         self._cache_bytes = cache_bytes
-        self._write_error: OSError | None = None
-        self._waiting: dict[int, int] = {}
+        self._ageing = False
         self._closed = False
         self.peek: Callable[[int], Buffer | None] = self._table.get
         """Return the cached buffer of a block without a hold and without counting, or None.
@@ -83,23 +84,26 @@ class Client:
         """
         self.epoch = _NO_EPOCH
         """The owner's present epoch, a number above 1 that the owner counts up; -1 when there is no such owner."""
+        self.owner_lock: Lock | None = None
+        """What that owner holds during its calls.  With it, buffers are evicted between them because of their age."""
         self.limit_changed()
-        if cache_bytes is None:
-            parameters.join(self)
+        parameters.join(self, shares=cache_bytes is None)
 
     # Sizes
 
     @property
     def device_size(self) -> int:
         """Whole blocks on the device, behind the sector offset, at this moment."""
-        return max(0, self.device.size_bytes - self._offset) // self.block_size
+        self._known_size = max(0, self.device.size_bytes - self._home.offset) // self.block_size
+        return self._known_size
 
     def set_sector_offset(self, sectors: int) -> None:
         """Let block 0 begin at that sector (512 bytes) of the device.  Only while nothing is cached."""
         with self._lock:
-            if self._table:
+            if self._table or self._home.arriving:
                 raise HoldError("the sector offset cannot change while blocks are cached")
-            self._offset = sectors * _SECTOR_BYTES
+            self._home.offset = sectors * _SECTOR_BYTES
+            self._known_size = 0
 
     def set_minimum_buffers(self, n: int) -> None:
         """Keep room for at least *n* buffers, whatever the limit of memory says."""
@@ -112,9 +116,31 @@ class Client:
         with self._lock:
             self._limit = max(share // self._core.buffer_bytes, self._minimum_buffers, _LEAST_BUFFERS)
             self._threshold = self._limit - self._limit // 8
-            if self.epoch == _NO_EPOCH:
-                # Whoever borrows buffers may be doing so right now, in another thread: the next allocation trims.
-                self._trim()
+        self._between_epochs(self._trim)
+
+    def evict_old(self, now: float) -> None:
+        """Evict clean buffers that were not used for ``parameters.max_age_seconds``; called from time to time.
+
+        :param now: monotonic time in seconds
+        """
+        keep = parameters.retain_bytes // self._core.buffer_bytes
+        limit = now - parameters.max_age_seconds
+        self._between_epochs(lambda: self._core.evict_unused_since(limit, now, keep))
+
+    def _between_epochs(self, work: Callable[[], None]) -> None:
+        """Do something that evicts buffers, unless somebody may have borrowed some right now, in another thread.
+
+        It is left undone then: the next allocation, or the next look at ages, will see to it.
+        """
+        owner_lock = self.owner_lock
+        if self.epoch != _NO_EPOCH and (owner_lock is None or not owner_lock.acquire(blocking=False)):
+            return
+        try:
+            with self._lock:
+                work()
+        finally:
+            if self.epoch != _NO_EPOCH and owner_lock is not None:
+                owner_lock.release()
 
     @property
     def stats(self) -> Stats:
@@ -122,10 +148,11 @@ class Client:
         with self._lock:
             snapshot = Stats()
             for name in Stats.__slots__:
-                setattr(snapshot, name, getattr(self._core.counters, name))
-            snapshot.dirty = len(self._core.dirty)
-            snapshot.cached = len(self._table)
-            snapshot.held = sum(1 for buffer in self._table.values() if buffer.holders)
+                setattr(snapshot, name, getattr(self._counters, name))
+            buffers = self._table.values()
+            snapshot.dirty = sum(1 for buffer in buffers if buffer.dirty or buffer.writing)
+            snapshot.cached = len(buffers)
+            snapshot.held = sum(1 for buffer in buffers if buffer.holders)
             return snapshot
 
     # Getting buffers
@@ -139,31 +166,31 @@ class Client:
         """
         with self._lock:
             buffer = self._table.get(block)
-            if buffer is not None and not buffer.reading:
-                buffer.holders.append(get_ident())
+            if buffer is None:
+                buffer = self._read_uncached(block)
+            else:
                 buffer.referenced = buffer.referenced or _USED
-                self._core.counters.hits += 1
-                return buffer
-            buffer = self._read_uncached(block)
+                self._counters.hits += 1
             buffer.holders.append(get_ident())
-            buffer.referenced = buffer.referenced or _USED
             return buffer
 
     def get(self, block: int) -> Buffer | None:
         """Return the buffer of *block*, held, if it is cached; None if it is not, or is still being read."""
         with self._lock:
             buffer = self._table.get(block)
-            if buffer is None or buffer.reading:
+            if buffer is None:
                 return None
             buffer.holders.append(get_ident())
             buffer.referenced = buffer.referenced or _USED
-            self._core.counters.hits += 1
+            self._counters.hits += 1
             return buffer
 
     def new(self, block: int) -> Buffer:
         """Return the buffer of *block*, held, without reading: the caller fills it and marks it dirty.
 
         If the block is cached its buffer is returned as it is; otherwise the contents are undefined.
+
+        :raises WouldDeadlock: as :meth:`read`
         """
         with self._lock:
             buffer = self._new_unheld(block)
@@ -174,7 +201,7 @@ class Client:
         """As :meth:`read`, without a hold: for the owner of the present epoch, see :attr:`peek`."""
         with self._lock:
             buffer = self._table.get(block)
-            if buffer is None or buffer.reading:
+            if buffer is None:
                 buffer = self._read_uncached(block)
             buffer.referenced = self.epoch
             return buffer
@@ -190,125 +217,78 @@ class Client:
         self._require_open()
         while True:
             buffer = self._table.get(block)
-            if buffer is None:
-                buffer = self._allocate(block)
-                if buffer is not None:
-                    return buffer
-            elif buffer.reading:
-                self._wait(())
+            if buffer is not None:
+                return buffer
+            arriving = self._home.arriving.get(block)
+            if arriving is not None:
+                self._core.await_arrival(arriving)
+                continue
+            buffer = self._allocate(block)
+            if buffer is not None:
+                self._core.insert(buffer)
+                return buffer
+
+    def _read_uncached(self, block: int) -> Buffer:
+        """Return the buffer of a block that is absent or on its way, unheld.  Called with the lock."""
+        if self._closed:
+            self._require_open()
+        while True:
+            arriving = self._home.arriving.get(block)
+            if arriving is not None:
+                error = self._core.await_arrival(arriving)
+                if error is not None:
+                    raise error
             else:
+                # The size of the device is asked for only if it could matter.
+                if not (0 <= block < self._known_size or 0 <= block < self.device_size):
+                    raise OSError(errno.EIO, f"block {block} is beyond the end ({self._known_size} blocks)", self.name)
+                fresh = self._allocate(block)
+                if fresh is not None:
+                    self._counters.misses += 1
+                    self._core.fill(fresh)
+                    return fresh
+            buffer = self._table.get(block)
+            if buffer is not None:
+                self._counters.hits += 1
                 return buffer
 
     def prefetch(self, block: int, n_blocks: int = 1) -> None:
-        """Read blocks ahead.  Stops quietly where no buffer can be had; errors surface at the later ``read``."""
+        """Start to read blocks ahead, and return.  With a synchronous engine they are there when it returns.
+
+        Stops quietly where no buffer can be had.  Errors surface at the later ``read``, which tries again.
+        """
         with self._lock:
             self._require_open()
             fresh: list[Buffer] = []
             try:
-                self._create_absent(range(block, min(block + n_blocks, self.device_size)), fresh)
+                self._create_absent(range(max(0, block), min(block + n_blocks, self.device_size)), fresh)
             except BaseException:
-                for buffer in fresh:
-                    self._core.destroy(self._table, buffer)
+                self._core.cancel_reads(fresh)
                 raise
-            if not fresh:
-                return
-            self._core.counters.misses += len(fresh)
-            results: list[OSError | None] = []
-            try:
-                self._lock.release()
-                results = self._core.read_into(self.device, fresh, self._offset)
-            finally:
-                self._lock.acquire()
-                for at, buffer in enumerate(fresh):
-                    buffer.reading = 0
-                    if at >= len(results) or results[at] is not None:
-                        self._core.destroy(self._table, buffer)
-                self._core.changed.notify_all()
+            if fresh:
+                self._counters.misses += len(fresh)
+                self._core.start_read(self._home, fresh)
 
     def _create_absent(self, blocks: range, fresh: list[Buffer]) -> None:
-        """Add to *fresh* a buffer, marked as being read, for each block that is not cached, as far as there is room."""
+        """Add to *fresh* a buffer, marked as arriving, for each block that is not cached, as far as there is room."""
         for number in blocks:
-            if number not in self._table and self._core.nr_buffers >= self._limit and not self._make_room():
-                return
-            if number not in self._table:
-                buffer = self._create(number, get_ident())
-                fresh.append(buffer)
-
-    def _read_uncached(self, block: int) -> Buffer:
-        """Return the buffer of a block that is absent or on its way, unheld.  Called with the lock."""
-        self._require_open()
-        while True:
-            buffer = self._table.get(block)
-            if buffer is None:
-                if not 0 <= block < self.device_size:
-                    raise OSError(errno.EIO, f"block {block} is beyond the end ({self.device_size} blocks)", self.name)
-                try:
-                    buffer = self._allocate(block, get_ident())
-                    if buffer is None:
-                        continue
-                    self._fill(buffer)
-                except BaseException:
-                    self._drop_unread(block)
-                    raise
-            elif buffer.reading:
-                error = self._await_read(buffer)
-                if error is not None:
-                    raise error
+            if number in self._table or number in self._home.arriving:
                 continue
-            else:
-                self._core.counters.hits += 1
-            return buffer
-
-    def _fill(self, buffer: Buffer) -> None:
-        """Read a new buffer; on failure it leaves the cache and whoever waits for it gets the same error."""
-        self._core.counters.misses += 1
-        error: OSError | None = OSError(errno.EIO, f"read of block {buffer.block_number} was interrupted", self.name)
-        try:
-            self._lock.release()
-            error = self._core.read_into(self.device, [buffer], self._offset)[0]
-        finally:
-            self._lock.acquire()
-            buffer.reading = 0
-            if error is not None:
-                self._core.destroy(self._table, buffer)
-                # Whoever waits has the object, not the table: leave the error where they look.
-                buffer.aux = error
-            self._core.changed.notify_all()
-        if error is not None:
-            raise error
-
-    def _drop_unread(self, block: int) -> None:
-        """Remove a buffer that this thread was going to fill and did not."""
-        buffer = self._table.get(block)
-        if buffer is not None and buffer.reading == get_ident():
-            self._core.destroy(self._table, buffer)
-            buffer.reading = 0
-            self._core.changed.notify_all()
-
-    def _await_read(self, buffer: Buffer) -> OSError | None:
-        while buffer.reading:
-            self._wait(())
-        if self._table.get(buffer.block_number) is not buffer and isinstance(buffer.aux, OSError):
-            return buffer.aux
-        return None
+            victim = self._room_for_prefetch() if self._core.nr_buffers >= self._limit else None
+            if victim is None and self._core.nr_buffers >= self._limit:
+                return
+            # Making room may have given the lock up.
+            if not (number in self._table or number in self._home.arriving):
+                buffer = self._create(number, victim)
+                self._core.expect(buffer)
+                fresh.append(buffer)
 
     # Giving buffers back
 
     def release(self, buffer: Buffer) -> None:
         """Give one hold of *buffer* back; see :meth:`Buffer.release`."""
         with self._lock:
-            self._drop_hold(buffer)
-
-    def _drop_hold(self, buffer: Buffer) -> None:
-        if not buffer.holders:
-            raise HoldError(f"block {buffer.block_number} is released more often than it was held")
-        try:
-            buffer.holders.remove(get_ident())
-        except ValueError:
-            # Handed over by the thread that got it.
-            buffer.holders.pop()
-        if not buffer.holders and self._waiting:
-            self._core.changed.notify_all()
+            self._core.drop_hold(buffer)
 
     def mark_dirty(self, buffer: Buffer, start: int = 0, end: int | None = None) -> None:
         """Note a change of bytes ``[start, end)``; see :meth:`Buffer.mark_dirty`.  Also of a borrowed buffer."""
@@ -346,30 +326,36 @@ class Client:
                 # The others keep the buffer, so the new block gets one of its own, for which readers have to wait.
                 target = self._allocate(new_block)
             self._write_copy(buffer, target)
-            self._drop_hold(buffer)
+            self._core.drop_hold(buffer)
 
     def _write_copy(self, source: Buffer, target: Buffer) -> None:
         """Write the content of *source* to the block of *target*, a new buffer.  Gives the lock up meanwhile."""
-        target.reading = get_ident()
-        target.data[:] = source.data
-        written = False
+        home = self._home
+        self._core.expect(target)
+        error: OSError | None = OSError(errno.EIO, f"write of block {target.block_number} was interrupted", self.name)
         try:
-            self._lock.release()
-            if self._write_callback is not None:
-                # It sees the content as that of the new block.
-                own, target.aux = target.aux, source.aux
-                self._write_callback(target)
-                target.aux = own
-            self.device.pwrite(target.data, self._offset + target.block_number * self.block_size)
-            written = True
+            target.data[:] = source.data
+            try:
+                self._lock.release()
+                if home.prepare is not None:
+                    # It sees the content as that of the new block.
+                    own, target.aux = target.aux, source.aux
+                    try:
+                        home.prepare(target)
+                    finally:
+                        target.aux = own
+                self.device.pwrite(target.data, home.offset + target.block_number * self.block_size)
+                error = None
+            finally:
+                self._lock.acquire()
+        except OSError as failure:
+            error = failure
+            raise
         finally:
-            self._lock.acquire()
-            target.reading = 0
-            if not written:
-                self._core.destroy(self._table, target)
-            self._core.changed.notify_all()
-        self._core.counters.writes += 1
-        self._core.counters.bytes_written += self.block_size
+            self._core.arrived(target, error)
+        home.unflushed.add(target.block_number)
+        self._counters.writes += 1
+        self._counters.bytes_written += self.block_size
 
     def move(self, buffer: Buffer, new_block: int) -> None:
         """Re-key a buffer that the caller got from :attr:`peek` and that nobody holds; otherwise as ``release_move``.
@@ -379,10 +365,10 @@ class Client:
         with self._lock:
             if buffer.holders:
                 raise HoldError(f"block {buffer.block_number} is held and cannot be moved away")
-            if buffer.dirty or buffer.writing:
+            if buffer.dirty or buffer.writing is not None:
                 self._settle(buffer)
             table = self._table
-            if new_block in table:
+            if new_block in table or self._home.arriving:
                 self._clear_target(buffer, new_block)
             # As _rekey; written out because this is done for every block that a transaction changes.
             del table[buffer.block_number]
@@ -398,25 +384,31 @@ class Client:
 
     def _settle(self, buffer: Buffer) -> None:
         """Write what is dirty of *buffer* to where it is now."""
-        while buffer.dirty or buffer.writing:
-            if buffer.writing:
-                self._wait(())
-                continue
-            failed = self._write_back([buffer])
-            if failed:
-                raise failed[0][1]
+        while buffer.dirty or buffer.writing is not None:
+            if buffer.writing is not None:
+                self._core.wait()
+            elif self._core.write_back(self._home, [buffer]):
+                error = buffer.write_error
+                assert error is not None, "a failed write leaves its reason"
+                raise error
 
     def _clear_target(self, buffer: Buffer, new_block: int) -> None:
         while True:
+            arriving = self._home.arriving.get(new_block)
             target = self._table.get(new_block)
-            if target is None:
+            if arriving is not None:
+                self._core.await_arrival(arriving)
+            elif target is None:
                 return
-            if target is buffer:
+            elif target is buffer:
                 raise HoldError(f"block {new_block} cannot be moved onto itself")
-            if not (target.holders or target.reading or target.writing):
-                self._core.destroy(self._table, target)
+            elif target.holders:
+                self._core.wait([target])
+            elif target.writing is not None:
+                self._core.wait()
+            else:
+                self._core.destroy(target)
                 return
-            self._wait([target])
 
     def _rekey(self, buffer: Buffer, new_block: int) -> None:
         table = self._table
@@ -429,9 +421,12 @@ class Client:
     # Writing
 
     def write_dirty_buffers_async(self) -> None:
-        """Start writing every dirty buffer.  Errors are reported by the next :meth:`write_dirty_buffers`."""
+        """Start writing every dirty buffer, and return.  Errors are reported by the next :meth:`write_dirty_buffers`.
+
+        With a synchronous engine they are written when it returns.
+        """
         with self._lock:
-            self._write_back(list(self._core.dirty))
+            self._core.start_write_back(self._home, self._core.dirty)
 
     def write_dirty_buffers(self) -> None:
         """Put every buffer that is dirty now on the device, and make it durable.
@@ -439,41 +434,44 @@ class Client:
         :raises OSError: the first write error since the last call, these writes included, or the flush's.  What failed
             stays dirty.
         """
+        core = self._core
+        home = self._home
         with self._lock:
-            batch = list(self._core.dirty)
-            pending = batch
+            pending = list(core.dirty)
             while pending:
-                in_flight = [buffer for buffer in pending if buffer.writing]
-                self._write_back(pending)
-                while any(buffer.writing for buffer in in_flight):
-                    self._wait(())
+                in_flight = [buffer for buffer in pending if buffer.writing is not None]
+                core.write_back(home, pending)
+                while any(buffer.writing is not None for buffer in in_flight):
+                    core.wait()
                 # Dirtied again while they were being written: what went to the device may be the old content.
                 pending = [b for b in in_flight if b.dirty and self._table.get(b.block_number) is b]
-            while self._core.nr_writing:
-                self._wait(())
-            error, self._write_error = self._write_error, None
+            while core.nr_writing:
+                core.wait()
+            error, home.write_error = home.write_error, None
         if error is not None:
             raise error
-        try:
-            self.issue_flush()
-        except OSError:
-            # Nobody knows what of it is durable: write all of it again next time.
-            with self._lock:
-                for buffer in batch:
-                    if self._table.get(buffer.block_number) is buffer:
-                        self._core.set_dirty(buffer, 0, self.block_size)
-            raise
+        self.issue_flush()
 
     def issue_flush(self) -> None:
-        """Have the device make durable what was written to it."""
-        self.device.flush()
-        self._core.counters.flushes += 1
+        """Have the device make durable what was written to it.
 
-    def _write_back(self, buffers: Iterable[Buffer]) -> list[tuple[Buffer, OSError]]:
-        failed = self._core.write_back(self.device, buffers, self._offset, self._write_callback)
-        if failed and self._write_error is None:
-            self._write_error = failed[0][1]
-        return failed
+        :raises OSError: the device's error.  Nobody knows then what of the writes since the last flush is durable, so
+            whatever of it is still cached is dirty again.
+        """
+        home = self._home
+        with self._lock:
+            unflushed, home.unflushed = home.unflushed, set()
+        try:
+            self.device.flush()
+        except BaseException:
+            with self._lock:
+                home.unflushed |= unflushed
+                for number in unflushed:
+                    buffer = self._table.get(number)
+                    if buffer is not None:
+                        self._core.set_dirty(buffer, 0, self.block_size)
+            raise
+        self._counters.flushes += 1
 
     # Dropping
 
@@ -484,10 +482,13 @@ class Client:
         """
         with self._lock:
             for number in self._cached_in(block, count):
-                buffer = self._table[number]
-                if not (buffer.dirty or buffer.holders or buffer.reading or buffer.writing):
-                    self._core.destroy(self._table, buffer)
-        self.device.discard(self._offset + block * self.block_size, count * self.block_size)
+                buffer = self._table.get(number)
+                while buffer is not None and buffer.writing is not None:
+                    self._core.wait()
+                    buffer = self._table.get(number)
+                if buffer is not None and not (buffer.dirty or buffer.holders):
+                    self._core.destroy(buffer)
+        self.device.discard(self._home.offset + block * self.block_size, count * self.block_size)
 
     def forget(self, block: int) -> None:
         """Drop the buffer of *block*, clean or dirty, without writing it, unless it is held."""
@@ -497,9 +498,12 @@ class Client:
         """Drop the unheld buffers of *n* blocks from *block* on, clean or dirty, without writing them."""
         with self._lock:
             for number in self._cached_in(block, n):
-                buffer = self._table[number]
-                if not (buffer.holders or buffer.reading or buffer.writing):
-                    self._core.destroy(self._table, buffer)
+                self._drop(self._table[number])
+
+    def _drop(self, buffer: Buffer) -> None:
+        """Forget a buffer, clean or dirty, unless somebody needs it."""
+        if not (buffer.holders or buffer.writing is not None):
+            self._core.destroy(buffer)
 
     def _cached_in(self, block: int, n: int) -> list[int]:
         if n > len(self._table):
@@ -512,12 +516,17 @@ class Client:
         self.reset()
 
     def reset(self) -> None:
-        """Drop every unheld buffer without writing it, and any write error that was not reported yet."""
+        """Drop every unheld buffer without writing it, and any write error that was not reported yet.
+
+        What is on its way already is waited for.
+        """
+        core = self._core
         with self._lock:
+            while core.nr_reading or core.nr_writing:
+                core.wait()
             for buffer in list(self._table.values()):
-                if not (buffer.holders or buffer.reading or buffer.writing):
-                    self._core.destroy(self._table, buffer)
-            self._write_error = None
+                self._drop(buffer)
+            self._home.write_error = None
 
     @property
     def name(self) -> str:
@@ -536,7 +545,9 @@ class Client:
             held = sorted(number for number, buffer in self._table.items() if buffer.holders)
             if held:
                 raise HoldError(f"closed while blocks {held} are held")
-            dirty = bool(self._core.dirty) or self._write_error is not None
+            while self._core.nr_writing:
+                self._core.wait()
+            dirty = bool(self._core.dirty) or self._home.write_error is not None
         try:
             if dirty:
                 self.write_dirty_buffers()
@@ -561,96 +572,97 @@ class Client:
 
     # Memory.  All of these are called with the lock, which some of them give up for a while.
 
-    def _create(self, block: int, reading: int = 0) -> Buffer:
-        buffer = self._core.create(self, self._table, block, reading)
+    def _create(self, block: int, victim: Buffer | None = None) -> Buffer:
+        """Return a buffer for *block* that is in no list, made of *victim* or of new memory."""
+        core = self._core
+        if victim is not None:
+            buffer = core.reuse(victim, self._home, block)
+        else:
+            buffer = core.create(self._home, block)
+            if not self._ageing and core.nr_buffers * core.buffer_bytes > parameters.retain_bytes:
+                self._ageing = True
+                parameters.start_ageing()
         if self._aux_size:
             buffer.aux = bytearray(self._aux_size)
         if self._alloc_callback is not None:
             try:
                 self._alloc_callback(buffer)
             except BaseException:
-                self._core.destroy(self._table, buffer)
+                core.free(buffer)
                 raise
         return buffer
 
-    def _allocate(self, block: int, reading: int = 0) -> Buffer | None:
-        """Make a buffer for *block*; None when the lock was given up meanwhile, so that the caller looks again.
+    def _allocate(self, block: int) -> Buffer | None:
+        """Return a buffer for *block* that is in no list.
 
-        :param reading: see :meth:`bufio.core.Core.create`
+        None when the lock was given up meanwhile and somebody else may have cached the block: the caller looks again.
         """
         core = self._core
         if core.nr_buffers < self._threshold:
-            return self._create(block, reading)
-        while core.nr_buffers > self._limit and self._evict_one():
+            return self._create(block)
+        while core.nr_buffers > self._limit and core.evict_one(self.epoch):
             pass
         if len(core.dirty) > _DIRTY_TO_CLEAN * len(core.clean):
             batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
             if batch:
-                self._write_back(batch)
-                return None if block in self._table else self._allocate_at_limit(block, reading)
-        return self._allocate_at_limit(block, reading)
+                core.start_write_back(self._home, batch)
+                if self._is_known(block):
+                    return None
+        victim = core.oldest_clean(self.epoch)
+        if victim is not None:
+            return self._create(block, victim)
+        if core.nr_buffers < self._limit:
+            return self._create(block)
+        return self._allocate_beyond(block)
 
-    def _allocate_at_limit(self, block: int, reading: int) -> Buffer | None:
+    def _allocate_beyond(self, block: int) -> Buffer | None:
+        """As :meth:`_allocate`, when the limit is reached and no clean buffer can be evicted."""
         core = self._core
-        if self._evict_one() or core.nr_buffers < self._limit:
-            return self._create(block, reading)
         batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
-        failed = self._write_back(batch)
-        if len(failed) < len(batch) or block in self._table:
+        failed = core.write_back(self._home, batch)
+        if len(failed) < len(batch) or self._is_known(block):
+            return None
+        if core.nr_writing:
+            core.wait()
             return None
         if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
             # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.
-            return self._create(block, reading)
-        if failed and not any(b.holders or b.reading or b.writing for b in self._table.values()):
+            return self._create(block)
+        buffers = self._table.values()
+        if failed and not (core.nr_reading or any(b.holders for b in buffers)):
             # Nobody will give anything back: all there is is dirty and cannot be written.
-            raise failed[0][1]
-        self._wait(self._table.values())
+            error = failed[0].write_error
+            assert error is not None, "a failed write leaves its reason"
+            raise error
+        me = get_ident()
+        if sum(buffer.holders.count(me) for buffer in buffers) < self._reserved_buffers:
+            # Whoever holds no more than that must not depend on others giving something back.
+            return self._create(block)
+        core.wait(buffers)
         return None
 
-    def _evict_one(self) -> bool:
-        buffer = self._core.oldest_clean(self.epoch)
-        if buffer is None:
-            return False
-        self._core.destroy(self._table, buffer)
-        self._core.counters.evictions += 1
-        return True
+    def _is_known(self, block: int) -> bool:
+        return block in self._table or block in self._home.arriving
 
-    def _make_room(self) -> bool:
-        """Evict a buffer for one that is read ahead.  Gives the lock up while it writes.
+    def _room_for_prefetch(self) -> Buffer | None:
+        """Return a buffer to evict for one that is read ahead.  May give the lock up.
 
         Dirty buffers are written as soon as they are half of all: where few clean ones are left, each block read ahead
         would push out one that was read ahead before it, and whoever waits for both would never get them.
         """
         core = self._core
         if len(core.dirty) >= len(core.clean):
-            self._write_back(core.oldest_dirty(WRITE_BACK_BATCH, self.epoch))
-        return self._evict_one()
+            core.start_write_back(self._home, core.oldest_dirty(WRITE_BACK_BATCH, self.epoch))
+        return core.oldest_clean(self.epoch)
 
     def _trim(self) -> None:
-        while self._core.nr_buffers > self._limit:
-            if not self._evict_one():
-                batch = self._core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
-                if not batch or len(self._write_back(batch)) == len(batch):
+        core = self._core
+        while core.nr_buffers > self._limit:
+            if not core.evict_one(self.epoch):
+                batch = core.oldest_dirty(WRITE_BACK_BATCH, self.epoch)
+                if batch and len(core.write_back(self._home, batch)) < len(batch):
+                    continue
+                if not core.nr_writing:
                     break
-        self._core.changed.notify_all()
-
-    def _wait(self, wanted: Iterable[Buffer]) -> None:
-        """Wait until something changes.
-
-        :param wanted: what the caller waits for is a release of one of these; empty when it waits for a transfer
-        :raises WouldDeadlock: each of them is held by the calling thread, or by one that waits here as well
-        """
-        me = get_ident()
-        held = [buffer for buffer in wanted if buffer.holders]
-        stuck = self._waiting.keys() | {me}
-        in_flight = any(buffer.reading or buffer.writing for buffer in self._table.values())
-        if held and not in_flight and all(ident in stuck for buffer in held for ident in buffer.holders):
-            blocks = tuple(sorted(buffer.block_number for buffer in held))
-            raise WouldDeadlock(f"{self.name}: no buffer can be had, blocks {list(blocks)} are held by waiters", blocks)
-        self._core.counters.waits += 1
-        if held:
-            self._waiting[me] = len(held)
-        try:
-            self._core.changed.wait()
-        finally:
-            self._waiting.pop(me, None)
+                core.wait()
+        core.notify()

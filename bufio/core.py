@@ -1,9 +1,9 @@
 """The buffers themselves: where they are, who holds them, what is dirty, which goes next.
 
 :class:`Core` is the mechanism that every cache interface shares: a table of buffers for each device, an LRU list of
-    clean
-ones and one of dirty ones, their memory, the engine and the counters.  It decides nothing about blocking or errors
-beyond "this could be evicted": that is the policy of the interface on top (:mod:`bufio.client`).
+clean ones and one of dirty ones, their memory, what is on its way, the engine and the counters.  When to evict, to
+write and to wait, and what an error means, is the policy of the interface on top (:mod:`bufio.client`,
+:mod:`bufio.bcache`).
 
 Unless a method says otherwise, its caller holds ``core.lock``.
 
@@ -13,6 +13,10 @@ order.
 
 ``referenced`` is a number: zero, or the value of ``client.epoch`` at the last use.  A buffer used in the present epoch
 is never evicted or written early, see :attr:`bufio.Client.peek`.
+
+A buffer is in exactly one of these places: on its way from the device, ``CachedDevice.arriving``; otherwise in
+``CachedDevice.table``, and there in ``Core.dirty``, or being written (``buffer.writing``), or both, or in
+``Core.clean``.
 """
 
 from __future__ import annotations
@@ -20,33 +24,36 @@ from __future__ import annotations
 import errno
 import threading
 from operator import attrgetter
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from bufio.engine import SyncEngine
-from bufio.errors import HoldError
+from bufio.engine import SyncEngine, coalesce
+from bufio.errors import HoldError, WouldDeadlock
 from bufio.memory import Slab, parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from bufio.client import Client
     from bufio.device import Device
-    from bufio.engine import Engine
+    from bufio.engine import Engine, Extent
 
 BUFFER_OVERHEAD_BYTES = 1024
 """What a cached block costs beside its data: the buffer, its views, and what an owner hangs on it."""
 
-_BLOCK_NUMBER = attrgetter("block_number")
-
 WRITE_BACK_BATCH = 256
 """Dirty buffers written in one go under memory pressure, so that neighbours can be coalesced."""
+
+NEW = 0.0
+"""``used_at`` of a buffer that was used since the last look at ages."""
+
+_BLOCK_NUMBER = attrgetter("block_number")
 
 
 class Buffer:
     """One cached block.  Valid from the call that returned it until :meth:`release`.
 
     ``block_number`` is its address on the device in blocks, ``data`` a writable view of the block's bytes, ``aux``
-    whatever the owner of the client hangs on it.
+    whatever the owner of the client hangs on it, ``client`` the cache.
     """
 
     __slots__ = (
@@ -58,13 +65,16 @@ class Buffer:
         "dirty_end",
         "dirty_start",
         "holders",
-        "reading",
+        "home",
         "referenced",
+        "used_at",
+        "write_error",
         "writing",
     )
 
-    def __init__(self, client: Client, block_number: int, data: memoryview) -> None:
-        self.client = client
+    def __init__(self, home: CachedDevice, block_number: int, data: memoryview) -> None:
+        self.home = home
+        self.client = home.owner
         self.block_number = block_number
         self.data = data
         self.aux: Any = None
@@ -73,10 +83,12 @@ class Buffer:
         self.dirty = False
         self.dirty_start = 0
         self.dirty_end = 0
-        self.reading = 0
-        """Ident of the thread that reads the content, 0 when it is there."""
-        self.writing = False
+        self.writing: WriteBack | None = None
+        self.write_error: OSError | None = None
+        """Why the last attempt to write the content failed."""
         self.referenced = 0
+        self.used_at = NEW
+        """Monotonic time of the last look at ages before which the buffer was used."""
 
     @property
     def hold_count(self) -> int:
@@ -107,8 +119,8 @@ class Buffer:
         self.client.release_move(self, new_block)
 
     def __repr__(self) -> str:
-        states = [name for name in ("dirty", "reading", "writing") if getattr(self, name)]
-        return f"<Buffer {self.block_number} holds={self.hold_count} {' '.join(states)}>"
+        states = [name for name in ("dirty", "writing") if getattr(self, name)]
+        return f"<{type(self).__name__} {self.block_number} holds={self.hold_count} {' '.join(states)}>"
 
 
 class Stats:
@@ -146,65 +158,227 @@ class Stats:
         self.cached = 0
 
     def __repr__(self) -> str:
-        return "Stats(" + ", ".join(f"{name}={getattr(self, name)}" for name in self.__slots__) + ")"
+        return f"{type(self).__name__}(" + ", ".join(f"{name}={value}" for name, value in self.as_dict().items()) + ")"
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
+        names = [name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ())]
+        return {name: getattr(self, name) for name in names}
+
+
+class CachedDevice:
+    """What a core has of one device.
+
+    :param owner: the cache its buffers belong to
+    :param offset: byte of the device at which block 0 begins
+    :param prepare: called, without the lock, just before a dirty buffer is written
+    """
+
+    __slots__ = ("arriving", "device", "end_bytes", "offset", "owner", "prepare", "table", "unflushed", "write_error")
+
+    def __init__(
+        self, device: Device, owner: Any, offset: int = 0, prepare: Callable[[Buffer], None] | None = None
+    ) -> None:
+        self.device = device
+        self.owner = owner
+        self.offset = offset
+        self.prepare = prepare
+        self.end_bytes: int | None = None
+        """Where the last block of the device is cut short, None where it is not."""
+        self.table: dict[int, Buffer] = {}
+        self.arriving: dict[int, Buffer] = {}
+        self.unflushed: set[int] = set()
+        """Blocks written since the device was last flushed."""
+        self.write_error: OSError | None = None
+        """The first that nobody was told of yet."""
+
+
+class WriteBack:
+    """Some dirty buffers of one device on their way there."""
+
+    __slots__ = ("_batch", "_core", "_home", "failed", "remaining")
+
+    def __init__(self, core: Core, home: CachedDevice, batch: list[Buffer]) -> None:
+        self._core = core
+        self._home = home
+        self._batch = batch
+        self.remaining = len(batch)
+        self.failed: list[Buffer] = []
+        """Those that could not be written, and are dirty again."""
+
+    def done(self, first: int, results: list[OSError | None]) -> None:
+        """Take note of what became of the buffers from number *first* on.  Called **without** the lock."""
+        batch = self._batch if len(results) == len(self._batch) else self._batch[first : first + len(results)]
+        core = self._core
+        with core.lock:
+            if any(results):
+                for buffer, error in zip(batch, results, strict=True):
+                    if error is None:
+                        self._written(buffer)
+                    else:
+                        self._not_written(buffer, error)
+            elif core.dirty:
+                for buffer in batch:
+                    self._written(buffer)
+            else:
+                # As _written, for the case that matters: nothing was changed while everything was written.
+                core.clean.update(dict.fromkeys(batch))
+                for buffer in batch:
+                    buffer.writing = None
+            self.remaining -= len(batch)
+            core.nr_writing -= len(batch)
+            core.notify()
+
+    def abandon(self) -> None:
+        """Take note that what was not reported so far never will be."""
+        for buffer in self._batch:
+            if buffer.writing is self:
+                self._not_written(buffer, OSError(errno.EIO, "write was interrupted", self._home.device.name))
+        self._core.nr_writing -= self.remaining
+        self.remaining = 0
+        self._core.notify()
+
+    def _written(self, buffer: Buffer) -> None:
+        if not buffer.dirty:
+            self._core.clean[buffer] = None
+        buffer.writing = None
+        buffer.write_error = None
+
+    def _not_written(self, buffer: Buffer, error: OSError) -> None:
+        buffer.write_error = error
+        buffer.dirty = True
+        self._core.clean.pop(buffer, None)
+        self._core.dirty[buffer] = None
+        buffer.writing = None
+        if self._home.write_error is None:
+            self._home.write_error = error
+        self.failed.append(buffer)
 
 
 class Core:
-    """Buffers of one block size, of any number of devices."""
+    """Buffers of one block size, of any number of devices.
 
-    def __init__(self, block_size: int, engine: Engine | None) -> None:
+    :param engine: how transfers are done; a synchronous one by default
+    :param buffer_type: what to make of a device, a block number and memory
+    """
+
+    def __init__(self, block_size: int, engine: Engine | None, buffer_type: type[Buffer] = Buffer) -> None:
         self.block_size = block_size
         self.engine: Engine = SyncEngine() if engine is None else engine
         self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        """Notified when a hold is given back, a transfer ends, or memory becomes available."""
         self.clean: dict[Buffer, None] = {}
         self.dirty: dict[Buffer, None] = {}
         self.counters = Stats()
         self.nr_buffers = 0
+        self.nr_reading = 0
         self.nr_writing = 0
+        self.devices: dict[Device, CachedDevice] = {}
+        self._changed = threading.Condition(self.lock)
+        self._nr_waiting = 0
+        self._stuck: set[int] = set()
+        """Idents of the threads that wait for a hold to be given back."""
+        self._gates: dict[Buffer, list[threading.Lock]] = {}
         self._slab = Slab(block_size)
-        self._tables: dict[int, dict[int, Buffer]] = {}
+        self._buffer_type = buffer_type
 
     @property
     def buffer_bytes(self) -> int:
         """What one buffer counts for in the account of memory."""
         return self.block_size + BUFFER_OVERHEAD_BYTES
 
-    def table_of(self, device: Device) -> dict[int, Buffer]:
-        """Return the (live) table of the cached blocks of *device*."""
-        return self._tables.setdefault(id(device), {})
+    # Buffers come and go
 
-    def create(self, client: Client, table: dict[int, Buffer], block: int, reading: int) -> Buffer:
-        """Make a buffer for *block*, clean and with undefined contents.  Memory is taken without asking.
-
-        :param reading: ident of the thread that is going to read the content, 0 if it will not be read
-        """
-        buffer = Buffer(client, block, self._slab.take())
-        buffer.reading = reading
+    def create(self, home: CachedDevice, block: int) -> Buffer:
+        """Make a buffer with undefined contents that is in no list yet.  Memory is taken without asking."""
+        buffer = self._buffer_type(home, block, self._slab.take())
         self.nr_buffers += 1
         parameters.account(self.buffer_bytes)
-        self.clean[buffer] = None
-        table[block] = buffer
         return buffer
 
-    def destroy(self, table: dict[int, Buffer], buffer: Buffer) -> None:
-        """Remove a buffer, whatever its state, and take its memory back.  Only its last user may do this."""
-        del table[buffer.block_number]
+    def reuse(self, buffer: Buffer, home: CachedDevice, block: int) -> Buffer:
+        """Evict a clean buffer that nobody uses, and return it for another block, in no list."""
+        del buffer.home.table[buffer.block_number]
+        del self.clean[buffer]
+        buffer.home = home
+        buffer.block_number = block
+        buffer.aux = None
+        buffer.referenced = 0
+        buffer.used_at = NEW
+        self.counters.evictions += 1
+        return buffer
+
+    def insert(self, buffer: Buffer) -> None:
+        """Put a buffer that is in no list where it can be found, clean."""
+        buffer.home.table[buffer.block_number] = buffer
+        self.clean[buffer] = None
+
+    def destroy(self, buffer: Buffer) -> None:
+        """Remove a buffer that nobody uses, clean or dirty."""
+        del buffer.home.table[buffer.block_number]
         (self.dirty if buffer.dirty else self.clean).pop(buffer, None)
         buffer.dirty = False
         buffer.aux = None
+        self.free(buffer)
+
+    def free(self, buffer: Buffer) -> None:
+        """Take back the memory of a buffer that is in no list."""
         self._slab.give_back(buffer.data)
         self.nr_buffers -= 1
         parameters.account(-self.buffer_bytes)
 
+    def oldest_clean(self, epoch: int) -> Buffer | None:
+        """Return the clean buffer to evict next, None when every one is in use."""
+        clean = self.clean
+        for _ in range(2 * len(clean)):
+            buffer = next(iter(clean))
+            if not buffer.referenced and not buffer.holders:
+                return buffer
+            if buffer.referenced != epoch:
+                buffer.referenced = 0
+                buffer.used_at = NEW
+            del clean[buffer]
+            clean[buffer] = None
+        return None
+
+    def evict_one(self, epoch: int) -> bool:
+        """Evict a clean buffer, if there is one that nobody uses."""
+        buffer = self.oldest_clean(epoch)
+        if buffer is None:
+            return False
+        self.destroy(buffer)
+        self.counters.evictions += 1
+        return True
+
+    def evict_unused_since(self, limit: float, now: float, keep: int) -> None:
+        """Evict the clean buffers that were not used after time *limit*, as long as there are more than *keep*.
+
+        A use is known only from the first look after it on: what was used since the last look is given the time *now*.
+        """
+        for buffer in list(self.clean):
+            if buffer.holders or buffer.referenced or buffer.used_at == NEW:
+                buffer.used_at = now
+                if buffer.referenced:
+                    # The order of the list has to tell from now on what the mark told until now.
+                    buffer.referenced = 0
+                    del self.clean[buffer]
+                    self.clean[buffer] = None
+            elif buffer.used_at <= limit and self.nr_buffers > keep:
+                self.destroy(buffer)
+                self.counters.evictions += 1
+
+    # Dirtying
+
     def set_dirty(self, buffer: Buffer, start: int, end: int) -> None:
         """Add ``[start, end)`` to what must be written."""
-        if buffer.dirty:
+        if buffer.dirty or buffer.writing is not None:
+            # Also of one being written: should that fail, what was to be written then must be written yet.
             if start < buffer.dirty_start:
                 buffer.dirty_start = start
             if end > buffer.dirty_end:
                 buffer.dirty_end = end
+            if not buffer.dirty:
+                buffer.dirty = True
+                self.dirty[buffer] = None
             return
         buffer.dirty = True
         buffer.dirty_start = start
@@ -212,108 +386,276 @@ class Core:
         del self.clean[buffer]
         self.dirty[buffer] = None
 
-    def oldest_clean(self, epoch: int) -> Buffer | None:
-        """Return the clean buffer to evict next, None when every one is in use."""
-        clean = self.clean
-        for _ in range(2 * len(clean)):
-            buffer = next(iter(clean))
-            if not (buffer.holders or buffer.reading or buffer.writing or buffer.referenced):
-                return buffer
-            if buffer.referenced != epoch:
-                buffer.referenced = 0
-            del clean[buffer]
-            clean[buffer] = None
-        return None
+    def oldest_dirty(self, count: int, epoch: int, *, again: bool = True) -> list[Buffer]:
+        """Return up to *count* unheld dirty buffers, least recently dirtied first.
 
-    def oldest_dirty(self, count: int, epoch: int) -> list[Buffer]:
-        """Return up to *count* unheld dirty buffers, least recently dirtied first."""
+        :param again: also those that could not be written before
+        """
         chosen = []
         for buffer in self.dirty:
-            if not (buffer.holders or buffer.writing or buffer.referenced == epoch):
+            if not (
+                buffer.holders
+                or buffer.writing is not None
+                or buffer.referenced == epoch
+                or not (again or buffer.write_error is None)
+            ):
                 chosen.append(buffer)
                 if len(chosen) == count:
                     break
         return chosen
 
-    def read_into(self, device: Device, buffers: list[Buffer], offset: int) -> list[OSError | None]:
-        """Fill *buffers* (ascending, marked as being read).  Called **without** the lock.
+    # Transfers
 
-        :param offset: byte of the device at which block 0 begins
+    def fill(self, buffer: Buffer) -> None:
+        """Read the content of a buffer that is in no list, in this thread.  Gives the lock up meanwhile.
+
+        :raises OSError: it could not be read; the buffer is gone, and everybody who waits for it gets the same error
         """
+        home = buffer.home
+        block = buffer.block_number
+        view = buffer.data if home.end_bytes is None else self._view(buffer)
+        error: OSError | None = None
+        home.arriving[block] = buffer
+        self.nr_reading += 1
+        arrived = False
+        try:
+            self.lock.release()
+            home.device.readinto(view, home.offset + block * self.block_size)
+            arrived = True
+        except OSError as failure:
+            error = failure
+        finally:
+            self.lock.acquire()
+            # As arrived(), but without a call on the way, at which a signal could keep it from happening.
+            if arrived:
+                home.table[block] = buffer
+                self.clean[buffer] = None
+            del home.arriving[block]
+            self.nr_reading -= 1
+            self.counters.reads += 1
+            self.counters.bytes_read += self.block_size
+            if not arrived:
+                # Whoever waits has the object, not the table: leave the error where they look.
+                buffer.aux = error or OSError(errno.EIO, f"read of block {block} was interrupted", home.device.name)
+            if self._gates or self._nr_waiting:
+                self._announce(buffer)
+            if not arrived:
+                self.free(buffer)
+        if error is not None:
+            raise error
+
+    def start_read(self, home: CachedDevice, buffers: list[Buffer], *, waiting: bool = False) -> None:
+        """Begin to read *buffers*, which are expected.
+
+        Gives the lock up meanwhile.  Those that cannot be read leave the cache, and whoever waits for them tries again.
+        """
+        buffers.sort(key=_BLOCK_NUMBER)
+
+        def done(first: int, results: list[OSError | None]) -> None:
+            with self.lock:
+                self.counters.reads += len(results)
+                self.counters.bytes_read += len(results) * self.block_size
+                for buffer, error in zip(buffers[first:], results, strict=False):
+                    self.arrived(buffer, error)
+
         size = self.block_size
-        results = self.engine.read(device, [(offset + b.block_number * size, b.data) for b in buffers])
-        with self.lock:
-            self.counters.reads += len(buffers)
-            self.counters.bytes_read += len(buffers) * size
-        return results
+        base = home.offset
+        try:
+            try:
+                self.lock.release()
+                extents = self._extents(home, buffers, [base + buffer.block_number * size for buffer in buffers])
+                self.engine.start_read(home.device, extents, done, waiting=waiting)
+            finally:
+                self.lock.acquire()
+        except BaseException:
+            self._drain()
+            self.cancel_reads(buffers)
+            raise
 
-    def write_back(
-        self,
-        device: Device,
-        buffers: Iterable[Buffer],
-        offset: int,
-        prepare: Callable[[Buffer], None] | None,
-    ) -> list[tuple[Buffer, OSError]]:
-        """Write dirty *buffers* in ascending order and return those that failed, which stay dirty.
+    def expect(self, buffer: Buffer) -> None:
+        """Note that a buffer in no list is arriving: :meth:`arrived` must follow."""
+        buffer.home.arriving[buffer.block_number] = buffer
+        self.nr_reading += 1
 
-        Called **with** the lock, which is given up during the transfer.  A buffer that is dirtied again meanwhile stays
-        dirty.  *prepare* is called for each, without the lock, just before.
+    def arrived(self, buffer: Buffer, error: OSError | None) -> None:
+        """Note that an arriving buffer has its content, or will not have it and is gone."""
+        home = buffer.home
+        block = buffer.block_number
+        if error is None:
+            home.table[block] = buffer
+            self.clean[buffer] = None
+        del home.arriving[block]
+        self.nr_reading -= 1
+        self._announce(buffer)
+        if error is not None:
+            self.free(buffer)
+
+    def _announce(self, buffer: Buffer) -> None:
+        """Wake whoever waits for the arrival of *buffer*, or for anything else to change."""
+        if self._gates:
+            for gate in self._gates.pop(buffer, ()):
+                gate.release()
+        if self._nr_waiting:
+            self._changed.notify_all()
+
+    def cancel_reads(self, buffers: list[Buffer]) -> None:
+        """Note that those of *buffers* that are arriving still will not."""
+        for buffer in buffers:
+            if buffer.home.arriving.get(buffer.block_number) is buffer:
+                self.arrived(buffer, OSError(errno.EIO, "read was interrupted", buffer.home.device.name))
+
+    def await_arrival(self, buffer: Buffer) -> OSError | None:
+        """Wait until a buffer that is arriving is there, and return None, or what went wrong.
+
+        Gives the lock up meanwhile, so that the buffer may be gone again already.
         """
-        batch = sorted([b for b in buffers if b.dirty and not b.writing], key=_BLOCK_NUMBER)
+        home = buffer.home
+        block = buffer.block_number
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.setdefault(buffer, []).append(gate)
+        self.counters.waits += 1
+        try:
+            self.lock.release()
+            gate.acquire()
+        finally:
+            self.lock.acquire()
+        failed = buffer.home is home and buffer.block_number == block and isinstance(buffer.aux, OSError)
+        return buffer.aux if failed else None
+
+    def start_write_back(self, home: CachedDevice, buffers: Iterable[Buffer], *, waiting: bool = False) -> WriteBack:
+        """Begin to write those of *buffers*, all of one device, that are dirty and not being written already.
+
+        Gives the lock up meanwhile.  A buffer that is dirtied again before it was written stays dirty, and so does one
+        that could not be written.
+
+        :param waiting: the caller is going to wait for the end
+        """
+        batch = [buffer for buffer in buffers if buffer.dirty and buffer.writing is None]
+        batch.sort(key=_BLOCK_NUMBER)
+        transfer = WriteBack(self, home, batch)
         if not batch:
-            return []
-        ranges = [(buffer.dirty_start, buffer.dirty_end) for buffer in batch]
+            return transfer
+        numbers = [buffer.block_number for buffer in batch]
+        home.unflushed.update(numbers)
+        self.nr_writing += len(batch)
+        try:
+            self._set_writing(batch, transfer)
+            try:
+                self.lock.release()
+                prepare = home.prepare
+                if prepare is not None:
+                    for buffer in batch:
+                        prepare(buffer)
+                extents, nr_bytes = self._dirty_extents(home, batch, numbers)
+                self.engine.start_write(home.device, extents, transfer.done, waiting=waiting)
+            finally:
+                self.lock.acquire()
+        except BaseException:
+            self._drain()
+            transfer.abandon()
+            raise
+        self.counters.writes += len(batch)
+        self.counters.bytes_written += nr_bytes
+        self.counters.coalesced_writes += len(batch) - len(extents)
+        return transfer
+
+    def _set_writing(self, batch: list[Buffer], transfer: WriteBack) -> None:
+        # In this order, so that WriteBack.abandon finds its way back from whatever was done when a signal came.
+        for buffer in batch:
+            buffer.writing = transfer
+        for buffer in batch:
+            buffer.dirty = False
         if len(batch) == len(self.dirty):
-            self.clean.update(self.dirty)
             self.dirty.clear()
         else:
             for buffer in batch:
                 del self.dirty[buffer]
-                self.clean[buffer] = None
-        for buffer in batch:
-            buffer.writing = True
-            buffer.dirty = False
-        self.nr_writing += len(batch)
-        results: list[OSError | None] = []
-        calls = self.engine.calls
+
+    def _drain(self) -> None:
+        """Wait until the engine has nothing to do.  Gives the lock up meanwhile."""
         try:
             self.lock.release()
-            if prepare is not None:
-                for buffer in batch:
-                    prepare(buffer)
-                ranges = [(0, self.block_size)] * len(batch)
-            if getattr(device, "direct", False):
-                # Parts of blocks are not aligned as direct access wants it.
-                ranges = [(0, self.block_size)] * len(batch)
-            results = self.engine.write(device, self._requests(batch, ranges, offset))
+            self.engine.drain()
         finally:
             self.lock.acquire()
-            self.nr_writing -= len(batch)
-            # A write that did not even return (an exception in prepare, a signal) counts as failed.
-            unknown = [OSError(errno.EIO, "write was interrupted")] * (len(batch) - len(results))
-            failed: list[tuple[Buffer, OSError]] = []
-            for buffer in batch:
-                buffer.writing = False
-            if unknown or any(results):
-                for buffer, (start, end), error in zip(batch, ranges, [*results, *unknown], strict=True):
-                    if error is not None:
-                        self.set_dirty(buffer, start, end)
-                        failed.append((buffer, error))
-            self.changed.notify_all()
-        self.counters.writes += len(batch)
-        self.counters.bytes_written += sum(end - start for start, end in ranges)
-        self.counters.coalesced_writes += len(batch) - (self.engine.calls - calls)
-        return failed
 
-    def _requests(
-        self, batch: list[Buffer], ranges: list[tuple[int, int]], offset: int
-    ) -> list[tuple[int, memoryview]]:
-        """Return byte offset and content of what has to be written of each buffer."""
+    def write_back(self, home: CachedDevice, buffers: Iterable[Buffer]) -> list[Buffer]:
+        """As :meth:`start_write_back`, and wait for the end.  Returns those that could not be written."""
+        transfer = self.start_write_back(home, buffers, waiting=True)
+        while transfer.remaining:
+            self.wait()
+        return transfer.failed
+
+    def _view(self, buffer: Buffer) -> memoryview:
+        """Return what of a buffer there is on the device."""
+        end = buffer.home.end_bytes
+        if end is None:
+            return buffer.data
+        return buffer.data[: end - (buffer.home.offset + buffer.block_number * self.block_size)]
+
+    def _extents(self, home: CachedDevice, buffers: list[Buffer], starts: list[int]) -> list[Extent]:
+        views = [buffer.data for buffer in buffers]
+        views[-1] = self._view(buffers[-1])
+        return coalesce(starts, views, self.block_size)
+
+    def _dirty_extents(self, home: CachedDevice, batch: list[Buffer], numbers: list[int]) -> tuple[list[Extent], int]:
+        """Return what has to be written of a batch that is being written, and how many bytes that is."""
         size = self.block_size
-        whole = (0, size)
-        if ranges.count(whole) == len(ranges):
-            return [(offset + buffer.block_number * size, buffer.data) for buffer in batch]
-        return [
-            (offset + buffer.block_number * size + start, buffer.data[start:end])
-            for buffer, (start, end) in zip(batch, ranges, strict=True)
-        ]
+        base = home.offset
+        if home.prepare is None and not getattr(home.device, "direct", False):
+            lengths = [buffer.dirty_end - buffer.dirty_start for buffer in batch]
+            if lengths.count(size) != len(batch):
+                starts = [base + buffer.block_number * size + buffer.dirty_start for buffer in batch]
+                views = [self._view(buffer)[buffer.dirty_start : buffer.dirty_end] for buffer in batch]
+                return coalesce(starts, views), sum(view.nbytes for view in views)
+        # Whole blocks: whatever completes a block may change any byte of it, and direct access wants them aligned.
+        return self._extents(home, batch, [base + number * size for number in numbers]), len(batch) * size
+
+    # Waiting
+
+    def notify(self) -> None:
+        """Wake whoever waits: a hold was given back, a transfer has ended, or there is memory."""
+        if self._nr_waiting:
+            self._changed.notify_all()
+
+    def wait(self, wanted: Iterable[Buffer] = ()) -> None:
+        """Wait until something changes.
+
+        :param wanted: what the caller waits for is a release of one of these; empty when it waits for a transfer
+        :raises WouldDeadlock: each of them is held by the calling thread, or by one that waits here as well
+        """
+        me = get_ident()
+        held = [buffer for buffer in wanted if buffer.holders]
+        in_flight = self.nr_reading or self.nr_writing
+        if held and not in_flight:
+            stuck = self._stuck | {me}
+            if all(ident in stuck for buffer in held for ident in buffer.holders):
+                blocks = tuple(sorted(buffer.block_number for buffer in held))
+                name = held[0].home.device.name
+                raise WouldDeadlock(f"{name}: no buffer can be had, blocks {list(blocks)} are held by waiters", blocks)
+        self.counters.waits += 1
+        self._nr_waiting += 1
+        if held:
+            self._stuck.add(me)
+        try:
+            self._changed.wait()
+        finally:
+            self._nr_waiting -= 1
+            self._stuck.discard(me)
+
+    def drop_hold(self, buffer: Buffer) -> None:
+        """Give one hold back.
+
+        :raises HoldError: nobody holds the buffer
+        """
+        holders = buffer.holders
+        if not holders:
+            raise HoldError(f"block {buffer.block_number} is released more often than it was held")
+        try:
+            holders.remove(get_ident())
+        except ValueError:
+            # Handed over by the thread that got it.
+            holders.pop()
+        if not holders and self._nr_waiting:
+            self._changed.notify_all()

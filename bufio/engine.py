@@ -1,82 +1,268 @@
-"""How requests reach a device.
+"""How transfers reach a device.
 
-An engine is given block transfers and does them; neighbours become one vectored call.  :class:`SyncEngine` is done when
-its call returns.  The asynchronous engine will implement the same protocol.  Source: docs/bufio.md, "Engines".
+The cache gives an engine *extents*: views whose contents lie one after the other on the device, so that each is one
+vectored call.  :class:`SyncEngine` is done with them when its call returns; :class:`AsyncEngine` has threads that carry
+them out while the caller goes on.  What comes out is the same.  Source: docs/bufio.md, "Engines".
 """
 
 from __future__ import annotations
 
+import errno
+import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Protocol, Self
 
     from bufio.device import Device, ReadableBuffer, WritableBuffer
 
+    Extent = tuple[int, list[memoryview]]
+    """A byte offset, and the views of what lies on the device from there on."""
+
+    Done = Callable[[int, list[OSError | None]], None]
+    """Called with the number of a view, counted over all extents, and for it and each of those behind it None or its
+    error.  Once for each view, in any thread, not necessarily in order."""
+
+    One = Callable[[WritableBuffer, int], None] | Callable[[ReadableBuffer, int], None]
+    Many = Callable[[Sequence[WritableBuffer], int], None] | Callable[[Sequence[ReadableBuffer], int], None]
+
     class Engine(Protocol):
-        """Carries out transfers.  The result is a list as long as the requests: None, or the error of that one."""
+        """Carries out transfers."""
 
-        def read(self, device: Device, requests: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
-            """Fill each view from its byte offset."""
+        def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+            """Fill the views from the device.
 
-        def write(self, device: Device, requests: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
-            """Write each view to its byte offset.  Nothing is durable before the device's flush."""
+            :param waiting: the caller has nothing else to do until all is done
+            """
+
+        def start_write(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+            """Write the views to the device.  Nothing is durable before the device's flush."""
+
+        def drain(self) -> None:
+            """Wait until nothing is in flight."""
+
+        def close(self) -> None:
+            """Wait likewise, and give back what the engine has.  It may be used again."""
 
         @property
         def calls(self) -> int:
-            """Transfers that reached a device so far, one for each vectored call."""
+            """Calls of a device so far, a vectored one being one."""
 
 
 MAX_COALESCED_BYTES = 1 << 20
-"""A vectored call carries at most this much."""
+"""One extent is at most this long."""
+
+DEFAULT_IN_FLIGHT = 16
+"""More threads than this cost more in hand-overs than they gain in overlap, see docs/performance.md."""
+
+_IDLE_SECONDS = 5.0
+
+
+def coalesce(starts: list[int], views: list[memoryview], block_size: int | None = None) -> list[Extent]:
+    """Join neighbours to extents of at most :data:`MAX_COALESCED_BYTES`.
+
+    :param starts: byte offset of each view, ascending
+    :param block_size: bytes of each view, where all have the same
+    """
+    if block_size is not None and starts[-1] - starts[0] == (len(starts) - 1) * block_size:
+        step = max(1, MAX_COALESCED_BYTES // block_size)
+        return [(starts[at], views[at : at + step]) for at in range(0, len(starts), step)]
+    extents: list[Extent] = []
+    run: list[memoryview] = []
+    end = limit = -1
+    for start, view in zip(starts, views, strict=True):
+        if start == end and start + view.nbytes <= limit:
+            run.append(view)
+        else:
+            run = [view]
+            extents.append((start, run))
+            limit = start + MAX_COALESCED_BYTES
+        end = start + view.nbytes
+    return extents
+
+
+def _carry_out(one: One, many: Many, extent: Extent) -> list[OSError | None]:
+    """Transfer one extent; if that fails, view by view, so that one bad place does not take its neighbours with it."""
+    offset, views = extent
+    try:
+        if len(views) == 1:
+            one(views[0], offset)
+        else:
+            many(views, offset)
+    except OSError as error:
+        if len(views) == 1:
+            return [error]
+        results: list[OSError | None] = []
+        for view in views:
+            results += _carry_out(one, many, (offset, [view]))
+            offset += view.nbytes
+        return results
+    return [None] * len(views)
 
 
 class SyncEngine:
-    """Does each transfer before it returns."""
+    """Carries out each transfer before it returns."""
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def read(self, device: Device, requests: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
-        """Fill each view from its byte offset."""
-        return self._transfer(requests, device.readinto, device.preadv)
+    def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+        """Fill the views from the device."""
+        self._transfer(device.readinto, device.preadv, extents, done)
 
-    def write(self, device: Device, requests: Sequence[tuple[int, memoryview]]) -> list[OSError | None]:
-        """Write each view to its byte offset."""
-        return self._transfer(requests, device.pwrite, device.pwritev)
+    def start_write(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+        """Write the views to the device."""
+        self._transfer(device.pwrite, device.pwritev, extents, done)
 
-    def _transfer(
-        self,
-        requests: Sequence[tuple[int, memoryview]],
-        one: Callable[[WritableBuffer, int], None] | Callable[[ReadableBuffer, int], None],
-        many: Callable[[Sequence[WritableBuffer], int], None] | Callable[[Sequence[ReadableBuffer], int], None],
-    ) -> list[OSError | None]:
-        count = len(requests)
-        results: list[OSError | None] = [None] * count
-        first = 0
-        while first < count:
-            offset, view = requests[first]
-            end = offset + view.nbytes
-            last = first + 1
-            while last < count:
-                next_offset, next_view = requests[last]
-                if next_offset != end or end - offset >= MAX_COALESCED_BYTES:
-                    break
-                end += next_view.nbytes
-                last += 1
+    def _transfer(self, one: One, many: Many, extents: list[Extent], done: Done) -> None:
+        results: list[OSError | None] = []
+        for extent in extents:
             self.calls += 1
+            results += _carry_out(one, many, extent)
+        done(0, results)
+
+    def drain(self) -> None:
+        """Do nothing: nothing is ever in flight."""
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to give back."""
+
+
+class _Job:
+    """One extent on its way."""
+
+    __slots__ = ("done", "extent", "first", "many", "one")
+
+    def __init__(self, one: One, many: Many, extent: Extent, first: int, done: Done) -> None:
+        self.one = one
+        self.many = many
+        self.extent = extent
+        self.first = first
+        self.done = done
+
+    def run(self) -> None:
+        try:
+            results = _carry_out(self.one, self.many, self.extent)
+        except Exception as error:
+            # Nobody is there to catch it, and somebody may be waiting.
+            failure = OSError(errno.EIO, f"transfer at byte {self.extent[0]} failed: {error!r}")
+            failure.__cause__ = error
+            results = [failure] * len(self.extent[1])
+        self.done(self.first, results)
+
+
+class AsyncEngine:
+    """Keeps several transfers in flight while its callers go on, by threads over the device's vectored calls.
+
+    :param max_in_flight: transfers at a time, which is also the most threads there are
+    :raises ValueError: fewer than one
+
+    Threads are started when there is work for them and end when there is none for some seconds; they do not keep the
+    interpreter alive.  One engine may serve any number of caches.  It does not survive a ``fork``.
+    """
+
+    def __init__(self, max_in_flight: int = DEFAULT_IN_FLIGHT) -> None:
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be positive, not {max_in_flight}")
+        self.max_in_flight = max_in_flight
+        self.calls = 0
+        self._jobs: deque[_Job] = deque()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._drained = threading.Condition(self._lock)
+        self._nr_threads = 0
+        self._nr_idle = 0
+        self._closing = False
+
+    def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+        """Begin to fill the views from the device."""
+        self._start(device.readinto, device.preadv, extents, done, waiting)
+
+    def start_write(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
+        """Begin to write the views to the device."""
+        self._start(device.pwrite, device.pwritev, extents, done, waiting)
+
+    def _start(self, one: One, many: Many, extents: list[Extent], done: Done, waiting: bool) -> None:
+        jobs = []
+        first = 0
+        for extent in extents:
+            jobs.append(_Job(one, many, extent, first, done))
+            first += len(extent[1])
+        # Whoever waits does a share of the work: for a single transfer that saves the hand-over.
+        own = jobs.pop() if waiting else None
+        with self._lock:
+            missing = len(self._jobs) + len(jobs) - self._nr_idle
+            for _ in range(min(missing, self.max_in_flight - self._nr_threads)):
+                self._start_thread()
+            self.calls += len(extents)
+            # All or nothing: an interrupt must not leave a part of them behind that nobody knows of.
+            self._jobs.extend(jobs)
+            if self._nr_idle:
+                self._work.notify(len(jobs))
+        if own is not None:
+            own.run()
+
+    def _start_thread(self) -> None:
+        self._nr_threads += 1
+        try:
+            threading.Thread(target=self._serve, name="bufio", daemon=True).start()
+        except BaseException as error:
+            self._nr_threads -= 1
+            # Where the system has no thread to spare, those that there are do the work.
+            if not isinstance(error, RuntimeError) or not self._nr_threads:
+                raise
+
+    def _serve(self) -> None:
+        with self._lock:
             try:
-                if last - first == 1:
-                    one(view, offset)
-                else:
-                    many([v for _, v in requests[first:last]], offset)
-            except OSError as error:
-                if last - first == 1:
-                    results[first] = error
-                else:
-                    # One bad place must not take its neighbours with it.
-                    for at in range(first, last):
-                        results[at : at + 1] = self._transfer(requests[at : at + 1], one, many)
-            first = last
-        return results
+                while self._await_job():
+                    job = self._jobs.popleft()
+                    self._lock.release()
+                    try:
+                        job.run()
+                    finally:
+                        self._lock.acquire()
+            finally:
+                self._nr_threads -= 1
+                self._drained.notify_all()
+
+    def _await_job(self) -> bool:
+        """Wait for something to do; False when this thread is not needed any more."""
+        while not self._jobs:
+            self._nr_idle += 1
+            if self._nr_idle == self._nr_threads:
+                self._drained.notify_all()
+            try:
+                notified = not self._closing and self._work.wait(_IDLE_SECONDS)
+            finally:
+                self._nr_idle -= 1
+            if not notified and not self._jobs:
+                return False
+        return True
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight."""
+        with self._lock:
+            self._work.notify_all()
+            while self._jobs or self._nr_idle < self._nr_threads:
+                if self._jobs and not self._nr_threads:
+                    self._start_thread()
+                self._drained.wait()
+
+    def close(self) -> None:
+        """Wait until nothing is in flight and the threads have ended.  The engine may be used again."""
+        self.drain()
+        with self._lock:
+            self._closing = True
+            self._work.notify_all()
+            while self._nr_threads:
+                self._drained.wait()
+            self._closing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

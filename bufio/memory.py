@@ -9,22 +9,30 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import Protocol
 
-    class Budgeted(Protocol):
-        """Somebody who shares the process-wide limit."""
+    class Cache(Protocol):
+        """What the process-wide parameters have an effect on."""
 
         def limit_changed(self) -> None:
-            """Take notice of a new share."""
+            """Take notice of a new share of the memory."""
+
+        def evict_old(self, now: float) -> None:
+            """Evict what was not used for ``parameters.max_age_seconds`` before the monotonic time *now*."""
 
 
 _MAP_BYTES = 1 << 20
 _MEMORY_FRACTION = 50
 _LEAST_LIMIT_BYTES = 32 << 20
+_MAX_AGE_SECONDS = 300.0
+_RETAIN_BYTES = 256 << 10
+_LOOKS_PER_AGE = 8
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 class _Map:
@@ -36,6 +44,8 @@ class _Map:
         size = max(_MAP_BYTES, view_bytes)
         whole = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.free = [whole[at : at + view_bytes] for at in range(0, size - view_bytes + 1, view_bytes)]
+        # They are taken from the end: what is taken, and later written, one after the other lies so in memory.
+        self.free.reverse()
         self.nr_views = len(self.free)
 
 
@@ -69,16 +79,20 @@ class Slab:
 
 
 class Parameters:
-    """The process-wide limits, as dm-bufio shows them under /sys/module; ``bufio.parameters`` is the only instance.
+    """The process-wide parameters, as dm-bufio shows them under /sys/module; ``bufio.parameters`` is the only instance.
 
-    A change takes effect at once on every client that exists.  Source: docs/bufio.md, "Memory".
+    A change takes effect at once on every cache that exists.  Source: docs/bufio.md, "Memory".
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sharers: weakref.WeakSet[Budgeted] = weakref.WeakSet()
+        self._caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._sharers: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._ageing = _Ageing(self)
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._max_cache_size_bytes = max(physical // _MEMORY_FRACTION, _LEAST_LIMIT_BYTES)
+        self._max_age_seconds = _MAX_AGE_SECONDS
+        self._retain_bytes = _RETAIN_BYTES
         self._current = 0
         self._peak = 0
 
@@ -93,6 +107,32 @@ class Parameters:
             raise ValueError(f"max_cache_size_bytes must be positive, not {size}")
         self._max_cache_size_bytes = size
         self._tell_sharers()
+
+    @property
+    def max_age_seconds(self) -> float:
+        """Clean buffers not used for that long are evicted, a quarter of it later at most; by default 300."""
+        return self._max_age_seconds
+
+    @max_age_seconds.setter
+    def max_age_seconds(self, age: float) -> None:
+        if not age > 0:
+            raise ValueError(f"max_age_seconds must be positive, not {age}")
+        self._max_age_seconds = age
+        self._ageing.wake()
+
+    @property
+    def retain_bytes(self) -> int:
+        """What each cache keeps of its memory whatever the age of the buffers; by default 256 KiB."""
+        return self._retain_bytes
+
+    @retain_bytes.setter
+    def retain_bytes(self, size: int) -> None:
+        if size < 0:
+            raise ValueError(f"retain_bytes must not be negative, but is {size}")
+        self._retain_bytes = size
+        if self._caches:
+            self._ageing.start()
+            self._ageing.wake()
 
     @property
     def current_allocated_bytes(self) -> int:
@@ -111,23 +151,82 @@ class Parameters:
             if self._current > self._peak:
                 self._peak = self._current
 
-    def join(self, sharer: Budgeted) -> None:
-        """Add somebody to those among whom the limit is divided."""
-        self._sharers.add(sharer)
-        self._tell_sharers()
+    def join(self, cache: Cache, *, shares: bool = True) -> None:
+        """Have the parameters apply to *cache*, until it leaves.
 
-    def leave(self, sharer: Budgeted) -> None:
+        :param shares: it is one of those among whom the limit is divided
+        """
+        with self._lock:
+            self._caches.add(cache)
+            if shares:
+                self._sharers.add(cache)
+        if shares:
+            self._tell_sharers()
+
+    def leave(self, cache: Cache) -> None:
         """Remove somebody; the others get more."""
-        self._sharers.discard(sharer)
-        self._tell_sharers()
+        with self._lock:
+            shared = cache in self._sharers
+            self._sharers.discard(cache)
+            self._caches.discard(cache)
+        if not self._caches:
+            self._ageing.wake()
+        if shared:
+            self._tell_sharers()
 
     def share_bytes(self) -> int:
         """Return what one of the sharers may take."""
         return self._max_cache_size_bytes // max(1, len(self._sharers))
 
+    def caches(self) -> list[Cache]:
+        """Return those to whom the parameters apply."""
+        with self._lock:
+            return list(self._caches)
+
+    def start_ageing(self) -> None:
+        """Have :meth:`Cache.evict_old` of every cache called from time to time, from now on."""
+        self._ageing.start()
+
     def _tell_sharers(self) -> None:
-        for sharer in list(self._sharers):
+        with self._lock:
+            sharers = list(self._sharers)
+        for sharer in sharers:
             sharer.limit_changed()
+
+
+class _Ageing:
+    """A thread that looks at the age of buffers, as long as there are caches."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+        self._changed = threading.Condition()
+        self._running = False
+
+    def start(self) -> None:
+        with self._changed:
+            if not self._running:
+                threading.Thread(target=self._run, name="bufio ageing", daemon=True).start()
+                self._running = True
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        parameters = self._parameters
+        while True:
+            with self._changed:
+                caches = parameters.caches()
+                if not caches:
+                    self._running = False
+                    return
+                # Nothing here may keep a cache alive that nobody else wants any more.
+                del caches
+                self._changed.wait(min(parameters.max_age_seconds / _LOOKS_PER_AGE, _LONGEST_PAUSE_SECONDS))
+            now = time.monotonic()
+            for cache in parameters.caches():
+                cache.evict_old(now)
+                del cache
 
 
 parameters = Parameters()

@@ -32,25 +32,20 @@ closed, and every byte of the device is compared.  The errors are ``hold``, ``de
 from __future__ import annotations
 
 import contextlib
-import errno
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from bufio import Client, HoldError, WouldDeadlock
+from tests.support.cache_machine import CacheMachine
 from tests.support.cache_model import DeviceModel
-from tests.support.cache_script import Machine, ScriptError, ScriptFailure, instruction
+from tests.support.cache_script import ScriptError, ScriptFailure, instruction
 
 if TYPE_CHECKING:
-    from bufio import Buffer
-    from bufio.testing.faulty import Rule
+    from bufio import Buffer, Client, Stats
     from tests.support.cache_disks import Disk
-    from tests.support.cache_script import Condition
 
 _SECTOR_BYTES = 512
-_STATES = ("cached", "dirty", "held")
-_EVENTS = ("hits", "misses", "reads", "writes", "bytes_read", "bytes_written", "evictions", "flushes", "waits")
 
 
-class ClientMachine(Machine):
+class ClientMachine(CacheMachine):
     """Runs one script on one client, which it closes.
 
     :param disk: what *client* caches
@@ -58,12 +53,7 @@ class ClientMachine(Machine):
     """
 
     VARIABLES = ("blocks", "buffers", "size")
-    ERRORS: ClassVar = {
-        "hold": lambda error: isinstance(error, HoldError),
-        "deadlock": lambda error: isinstance(error, WouldDeadlock),
-        "io": lambda error: isinstance(error, OSError) and error.errno == errno.EIO,
-        "value": lambda error: isinstance(error, ValueError) and not isinstance(error, HoldError),
-    }
+    EVENTS = ("hits", "misses", "reads", "writes", "bytes_read", "bytes_written", "evictions", "flushes", "waits")
 
     def __init__(self, client: Client, disk: Disk, nr_buffers: int) -> None:
         super().__init__({"blocks": client.device_size, "buffers": nr_buffers, "size": client.block_size})
@@ -75,8 +65,6 @@ class ClientMachine(Machine):
         self._held: dict[int, list[Buffer]] = {}
         self._last: dict[int, Buffer] = {}
         """The buffer each block had when it was last held, to release it once too often."""
-        self._rules: list[Rule] = []
-        self._baseline = self._events()
         self._closed = False
 
     # Holds
@@ -314,40 +302,17 @@ class ClientMachine(Machine):
     def _break(self, kind: Literal["read", "write"], block: int, end: int | None) -> None:
         last = block + 1 if end is None else end
         begin, end = (self._offset + number * self._size for number in (block, last))
-        self._rules.append(self._disk.faulty.on(kind, begin=begin, end=end).fail())
-
-    @instruction("mend")
-    def mend(self) -> None:
-        """Let every transfer succeed again."""
-        for rule in self._rules:
-            rule.remove()
-        self._rules.clear()
+        self.break_transfers(self._disk, kind, begin, end)
 
     # Statistics
 
-    def _events(self) -> dict[str, int]:
-        stats = self._client.stats
-        return {name: getattr(stats, name) for name in _EVENTS}
+    def stats(self) -> Stats:
+        """Return a snapshot of the client's statistics."""
+        return self._client.stats
 
-    @instruction("recount")
-    def recount(self) -> None:
-        """Count events from here on."""
-        self._baseline = self._events()
-
-    @instruction("expect <conditions:conditions>")
-    def expect(self, conditions: list[Condition]) -> None:
-        """Check statistics."""
-        self.require(conditions, self._statistic)
-
-    def _statistic(self, name: str) -> int:
-        if name == "blocks":
-            return self._client.device_size
-        if name in _EVENTS:
-            return self._events()[name] - self._baseline[name]
-        if name in _STATES:
-            state: int = getattr(self._client.stats, name)
-            return state
-        raise ScriptError(f"there is no statistic {name}: {', '.join(('blocks', *_STATES, *_EVENTS))}")
+    def number(self, stats: object, name: str) -> int:
+        """Return one of the numbers that scripts can ask for; the size of the device is one here."""
+        return self._client.device_size if name == "blocks" else super().number(stats, name)
 
     # The end
 

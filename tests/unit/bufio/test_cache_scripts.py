@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).parent / "cache_scripts"
 NR_BLOCKS = 32
-BUFFER_COUNTS = {512: (8, 11, 24), 4096: (8, 13), 65536: (8, 24)}
+BUFFER_COUNTS = {512: (8, 24), 4096: (8, 11), 65536: (8, 24)}
 """Block sizes, with the room that caches have: the least that there is, and more, but never for the whole device."""
 IMAGES = {size: pattern(f"initial {size}", NR_BLOCKS * size) for size in BUFFER_COUNTS}
 

@@ -1,4 +1,4 @@
-"""One contract for the devices, what is peculiar to files, and the engine that passes transfers on."""
+"""What is peculiar to files and to memory; what all devices have in common is in test_device_contract.py."""
 
 from __future__ import annotations
 
@@ -14,82 +14,11 @@ from bufio.testing import Call
 from tests.support.devices import FaultyMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from bufio import Device
 
 SIZE = 16 * 4096
 CONTENT = bytes(range(256)) * (SIZE // 256)
-
-
-@pytest.fixture(params=["file", "open file", "memory"])
-def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
-    path = tmp_path / "device"
-    path.write_bytes(CONTENT)
-    made: Device
-    if request.param == "file":
-        made = FileDevice(path)
-    elif request.param == "open file":
-        with open(path, "r+b") as file:
-            made = FileDevice.of_open_file(file)
-    else:
-        made = MemoryDevice(CONTENT)
-    yield made
-    made.close()
-
-
-def read(device: Device, offset: int, length: int) -> bytes:
-    buffer = bytearray(length)
-    device.readinto(buffer, offset)
-    return bytes(buffer)
-
-
-def test_size_is_that_of_the_contents(device: Device) -> None:
-    assert device.size_bytes == SIZE
-    assert not device.read_only
-    assert device.name
-
-
-def test_what_was_written_is_read(device: Device) -> None:
-    assert read(device, 1000, 50) == CONTENT[1000:1050]
-    device.pwrite(b"x" * 5000, 3000)
-    device.flush()
-    assert read(device, 2999, 5002) == CONTENT[2999:3000] + b"x" * 5000 + CONTENT[8000:8001]
-
-
-def test_vectored_transfers_are_consecutive(device: Device) -> None:
-    device.pwritev([b"a" * 10, bytearray(b"b" * 20), memoryview(b"c" * 30)], 500)
-    buffers = [bytearray(5), bytearray(25), bytearray(32)]
-    device.preadv(buffers, 499)
-    assert b"".join(buffers) == CONTENT[499:500] + b"a" * 10 + b"b" * 20 + b"c" * 30 + CONTENT[560:561]
-
-
-def test_more_buffers_than_the_system_takes_at_once(device: Device) -> None:
-    device.pwritev([bytes([at & 0xFF]) * 3 for at in range(3000)], 100)
-    buffers = [bytearray(3) for _ in range(3000)]
-    device.preadv(buffers, 100)
-    assert [bytes(b) for b in buffers] == [bytes([at & 0xFF]) * 3 for at in range(3000)]
-
-
-@pytest.mark.parametrize("offset", [SIZE, SIZE - 10, SIZE + 4096])
-def test_read_past_the_end_is_an_io_error(device: Device, offset: int) -> None:
-    with pytest.raises(OSError, match=str(device.name)) as caught:
-        read(device, offset, 100)
-    assert caught.value.errno == errno.EIO
-    with pytest.raises(OSError, match=str(device.name)) as caught:
-        device.preadv([bytearray(50), bytearray(50)], offset)
-    assert caught.value.errno == errno.EIO
-
-
-def test_discarded_range_reads_as_zeroes(device: Device) -> None:
-    try:
-        device.discard(4096, 8192)
-    except OSError as error:
-        assert error.errno == errno.EOPNOTSUPP  # noqa: PT017  # not every file system can
-        return
-    assert read(device, 4095, 8194) == CONTENT[4095:4096] + bytes(8192) + CONTENT[12288:12289]
-    assert device.size_bytes == SIZE
 
 
 def test_memory_beyond_the_end_cannot_be_written() -> None:
@@ -113,17 +42,16 @@ def test_file_that_grows_is_larger_at_once(tmp_path: Path) -> None:
         assert device.size_bytes == 2 * SIZE
 
 
-def test_read_only_file_refuses_writes(tmp_path: Path) -> None:
+def test_file_that_grows_can_be_written_further_at_once(tmp_path: Path) -> None:
+    """The end that a write may not pass is not that of the moment when the file was opened."""
     path = tmp_path / "device"
     path.write_bytes(CONTENT)
-    with FileDevice(path, read_only=True) as device:
-        assert device.read_only
-        with pytest.raises(OSError, match="cannot write") as caught:
-            device.pwrite(b"x", 0)
-        assert caught.value.errno in (errno.EBADF, errno.EPERM)
-    with open(path, "rb") as file, FileDevice.of_open_file(file) as device:
-        assert device.read_only
-    assert path.read_bytes() == CONTENT
+    with FileDevice(path) as device:
+        with pytest.raises(OSError, match="beyond the end"):
+            device.pwrite(b"x", SIZE)
+        os.truncate(path, 2 * SIZE)
+        device.pwrite(b"x" * SIZE, SIZE)
+    assert path.read_bytes() == CONTENT + b"x" * SIZE
 
 
 def test_neither_file_nor_block_device_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import errno
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from bufio.core import WRITE_BACK_BATCH, Buffer, CachedDevice, Core, Stats
+from bufio.core import WRITE_BACK_BATCH, CachedBlock, CachedDevice, Core, Stats
 from bufio.errors import HoldError
 from bufio.memory import parameters
 
@@ -29,6 +29,43 @@ _USED = 1
 FIRST_EPOCH = 2
 _DIRTY_TO_CLEAN = 3
 """Write-back starts when there are this many times more dirty buffers than clean ones."""
+
+
+class Buffer(CachedBlock):
+    """One cached block.  Valid from the call that returned it until :meth:`release`.
+
+    ``block_number`` is its address on the device in blocks, ``data`` a writable view of the block's bytes, ``aux``
+    whatever the owner of the client hangs on it, ``client`` the cache.
+    """
+
+    __slots__ = ("client",)
+
+    def __init__(self, home: CachedDevice, block_number: int, data: memoryview) -> None:
+        super().__init__(home, block_number, data)
+        self.client: Client = home.owner
+
+    def release(self) -> None:
+        """Give one hold back.  ``data`` must not be used afterwards.
+
+        :raises HoldError: nobody holds the buffer
+        """
+        self.client.release(self)
+
+    def mark_dirty(self, start: int = 0, end: int | None = None) -> None:
+        """Say that bytes ``[start, end)`` were changed; by default all of them.  The buffer must be held.
+
+        It may be written at any time from now on, and certainly is by ``write_dirty_buffers``.
+
+        :raises HoldError: nobody holds the buffer
+        :raises ValueError: not a range within the block
+        """
+        if not self.holders:
+            raise HoldError(f"block {self.block_number} is marked dirty without being held")
+        self.client.mark_dirty(self, start, end)
+
+    def release_move(self, new_block: int) -> None:
+        """Release, and make the content that of *new_block*: see :meth:`bufio.Client.release_move`."""
+        self.client.release_move(self, new_block)
 
 
 class Client:
@@ -63,10 +100,10 @@ class Client:
             raise ValueError(f"block_size must be a multiple of 512, not {block_size}")
         self.device = device
         self.block_size = block_size
-        self._core = Core(block_size, engine)
+        self._core = Core(block_size, engine, Buffer)
         self._lock = self._core.lock
-        self._home = CachedDevice(device, self, prepare=write_callback)
-        self._table = self._home.table
+        self._home = self._core.devices[device] = CachedDevice(device, self, prepare=write_callback)
+        self._table: dict[int, Buffer] = self._home.table
         self._counters = self._core.counters
         self._reserved_buffers = reserved_buffers
         self._aux_size = aux_size
@@ -147,12 +184,7 @@ class Client:
         """What happened so far, and what is cached now."""
         with self._lock:
             snapshot = Stats()
-            for name in Stats.__slots__:
-                setattr(snapshot, name, getattr(self._counters, name))
-            buffers = self._table.values()
-            snapshot.dirty = sum(1 for buffer in buffers if buffer.dirty or buffer.writing)
-            snapshot.cached = len(buffers)
-            snapshot.held = sum(1 for buffer in buffers if buffer.holders)
+            self._core.count(snapshot)
             return snapshot
 
     # Getting buffers
@@ -259,7 +291,7 @@ class Client:
         """
         with self._lock:
             self._require_open()
-            fresh: list[Buffer] = []
+            fresh: list[CachedBlock] = []
             try:
                 self._create_absent(range(max(0, block), min(block + n_blocks, self.device_size)), fresh)
             except BaseException:
@@ -269,7 +301,7 @@ class Client:
                 self._counters.misses += len(fresh)
                 self._core.start_read(self._home, fresh)
 
-    def _create_absent(self, blocks: range, fresh: list[Buffer]) -> None:
+    def _create_absent(self, blocks: range, fresh: list[CachedBlock]) -> None:
         """Add to *fresh* a buffer, marked as arriving, for each block that is not cached, as far as there is room."""
         for number in blocks:
             if number in self._table or number in self._home.arriving:
@@ -458,20 +490,7 @@ class Client:
         :raises OSError: the device's error.  Nobody knows then what of the writes since the last flush is durable, so
             whatever of it is still cached is dirty again.
         """
-        home = self._home
-        with self._lock:
-            unflushed, home.unflushed = home.unflushed, set()
-        try:
-            self.device.flush()
-        except BaseException:
-            with self._lock:
-                home.unflushed |= unflushed
-                for number in unflushed:
-                    buffer = self._table.get(number)
-                    if buffer is not None:
-                        self._core.set_dirty(buffer, 0, self.block_size)
-            raise
-        self._counters.flushes += 1
+        self._core.flush(self._home)
 
     # Dropping
 
@@ -572,11 +591,11 @@ class Client:
 
     # Memory.  All of these are called with the lock, which some of them give up for a while.
 
-    def _create(self, block: int, victim: Buffer | None = None) -> Buffer:
+    def _create(self, block: int, victim: CachedBlock | None = None) -> Buffer:
         """Return a buffer for *block* that is in no list, made of *victim* or of new memory."""
         core = self._core
         if victim is not None:
-            buffer = core.reuse(victim, self._home, block)
+            buffer: Buffer = core.reuse(victim, self._home, block)
         else:
             buffer = core.create(self._home, block)
             if not self._ageing and core.nr_buffers * core.buffer_bytes > parameters.retain_bytes:
@@ -644,7 +663,7 @@ class Client:
     def _is_known(self, block: int) -> bool:
         return block in self._table or block in self._home.arriving
 
-    def _room_for_prefetch(self) -> Buffer | None:
+    def _room_for_prefetch(self) -> CachedBlock | None:
         """Return a buffer to evict for one that is read ahead.  May give the lock up.
 
         Dirty buffers are written as soon as they are half of all: where few clean ones are left, each block read ahead

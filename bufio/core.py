@@ -27,6 +27,7 @@ from operator import attrgetter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from bufio.device import MemoryDevice
 from bufio.engine import SyncEngine, coalesce
 from bufio.errors import HoldError, WouldDeadlock
 from bufio.memory import Slab, parameters
@@ -49,17 +50,15 @@ NEW = 0.0
 _BLOCK_NUMBER = attrgetter("block_number")
 
 
-class Buffer:
-    """One cached block.  Valid from the call that returned it until :meth:`release`.
+class CachedBlock:
+    """One block in memory: what every cache interface has to know of it.
 
-    ``block_number`` is its address on the device in blocks, ``data`` a writable view of the block's bytes, ``aux``
-    whatever the owner of the client hangs on it, ``client`` the cache.
+    ``data`` is a writable view of the block's bytes, ``block_number`` its address on the device in blocks.
     """
 
     __slots__ = (
         "aux",
         "block_number",
-        "client",
         "data",
         "dirty",
         "dirty_end",
@@ -74,10 +73,10 @@ class Buffer:
 
     def __init__(self, home: CachedDevice, block_number: int, data: memoryview) -> None:
         self.home = home
-        self.client = home.owner
         self.block_number = block_number
         self.data = data
         self.aux: Any = None
+        """Whatever the owner of the cache hangs on it."""
         self.holders: list[int] = []
         """Thread idents, one for each hold."""
         self.dirty = False
@@ -94,29 +93,6 @@ class Buffer:
     def hold_count(self) -> int:
         """Number of holds that were not given back yet."""
         return len(self.holders)
-
-    def release(self) -> None:
-        """Give one hold back.  ``data`` must not be used afterwards.
-
-        :raises HoldError: nobody holds the buffer
-        """
-        self.client.release(self)
-
-    def mark_dirty(self, start: int = 0, end: int | None = None) -> None:
-        """Say that bytes ``[start, end)`` were changed; by default all of them.  The buffer must be held.
-
-        It may be written at any time from now on, and certainly is by ``write_dirty_buffers``.
-
-        :raises HoldError: nobody holds the buffer
-        :raises ValueError: not a range within the block
-        """
-        if not self.holders:
-            raise HoldError(f"block {self.block_number} is marked dirty without being held")
-        self.client.mark_dirty(self, start, end)
-
-    def release_move(self, new_block: int) -> None:
-        """Release, and make the content that of *new_block*: see :meth:`bufio.Client.release_move`."""
-        self.client.release_move(self, new_block)
 
     def __repr__(self) -> str:
         states = [name for name in ("dirty", "writing") if getattr(self, name)]
@@ -177,7 +153,7 @@ class CachedDevice:
     __slots__ = ("arriving", "device", "end_bytes", "offset", "owner", "prepare", "table", "unflushed", "write_error")
 
     def __init__(
-        self, device: Device, owner: Any, offset: int = 0, prepare: Callable[[Buffer], None] | None = None
+        self, device: Device, owner: Any, offset: int = 0, prepare: Callable[[Any], None] | None = None
     ) -> None:
         self.device = device
         self.owner = owner
@@ -185,8 +161,9 @@ class CachedDevice:
         self.prepare = prepare
         self.end_bytes: int | None = None
         """Where the last block of the device is cut short, None where it is not."""
-        self.table: dict[int, Buffer] = {}
-        self.arriving: dict[int, Buffer] = {}
+        # Any: each interface knows what its blocks are, and the core does not care.
+        self.table: dict[int, Any] = {}
+        self.arriving: dict[int, Any] = {}
         self.unflushed: set[int] = set()
         """Blocks written since the device was last flushed."""
         self.write_error: OSError | None = None
@@ -198,12 +175,12 @@ class WriteBack:
 
     __slots__ = ("_batch", "_core", "_home", "failed", "remaining")
 
-    def __init__(self, core: Core, home: CachedDevice, batch: list[Buffer]) -> None:
+    def __init__(self, core: Core, home: CachedDevice, batch: list[CachedBlock]) -> None:
         self._core = core
         self._home = home
         self._batch = batch
         self.remaining = len(batch)
-        self.failed: list[Buffer] = []
+        self.failed: list[CachedBlock] = []
         """Those that could not be written, and are dirty again."""
 
     def done(self, first: int, results: list[OSError | None]) -> None:
@@ -238,13 +215,13 @@ class WriteBack:
         self.remaining = 0
         self._core.notify()
 
-    def _written(self, buffer: Buffer) -> None:
+    def _written(self, buffer: CachedBlock) -> None:
         if not buffer.dirty:
             self._core.clean[buffer] = None
         buffer.writing = None
         buffer.write_error = None
 
-    def _not_written(self, buffer: Buffer, error: OSError) -> None:
+    def _not_written(self, buffer: CachedBlock, error: OSError) -> None:
         buffer.write_error = error
         buffer.dirty = True
         self._core.clean.pop(buffer, None)
@@ -259,15 +236,18 @@ class Core:
     """Buffers of one block size, of any number of devices.
 
     :param engine: how transfers are done; a synchronous one by default
-    :param buffer_type: what to make of a device, a block number and memory
+    :param block_type: what to make of a device, a block number and memory
+    :param fixed: so many buffers there are, from the beginning to :meth:`give_up`; by default they come and go
     """
 
-    def __init__(self, block_size: int, engine: Engine | None, buffer_type: type[Buffer] = Buffer) -> None:
+    def __init__(
+        self, block_size: int, engine: Engine | None, block_type: type[CachedBlock], fixed: int | None = None
+    ) -> None:
         self.block_size = block_size
         self.engine: Engine = SyncEngine() if engine is None else engine
         self.lock = threading.Lock()
-        self.clean: dict[Buffer, None] = {}
-        self.dirty: dict[Buffer, None] = {}
+        self.clean: dict[CachedBlock, None] = {}
+        self.dirty: dict[CachedBlock, None] = {}
         self.counters = Stats()
         self.nr_buffers = 0
         self.nr_reading = 0
@@ -277,56 +257,93 @@ class Core:
         self._nr_waiting = 0
         self._stuck: set[int] = set()
         """Idents of the threads that wait for a hold to be given back."""
-        self._gates: dict[Buffer, list[threading.Lock]] = {}
+        self._gates: dict[CachedBlock, list[threading.Lock]] = {}
         self._slab = Slab(block_size)
-        self._buffer_type = buffer_type
+        self._block_type = block_type
+        self.spare: list[CachedBlock] = []
+        """Buffers of no block, where their number is fixed."""
+        self._fixed = fixed is not None
+        if fixed is not None:
+            nowhere = CachedDevice(MemoryDevice(0), None)
+            spare = [self._make(nowhere, 0) for _ in range(fixed)]
+            self.spare = spare[::-1]
 
     @property
     def buffer_bytes(self) -> int:
         """What one buffer counts for in the account of memory."""
         return self.block_size + BUFFER_OVERHEAD_BYTES
 
+    def count(self, snapshot: Stats) -> None:
+        """Put into *snapshot* what happened so far, and what is cached now."""
+        for name in Stats.__slots__:
+            setattr(snapshot, name, getattr(self.counters, name))
+        buffers = [buffer for home in self.devices.values() for buffer in home.table.values()]
+        snapshot.dirty = sum(1 for buffer in buffers if buffer.dirty or buffer.writing is not None)
+        snapshot.cached = len(buffers)
+        snapshot.held = sum(1 for buffer in buffers if buffer.holders)
+
     # Buffers come and go
 
-    def create(self, home: CachedDevice, block: int) -> Buffer:
-        """Make a buffer with undefined contents that is in no list yet.  Memory is taken without asking."""
-        buffer = self._buffer_type(home, block, self._slab.take())
+    def create(self, home: CachedDevice, block: int) -> Any:
+        """Return a buffer with undefined contents that is in no list yet.  Memory is taken without asking."""
+        if not self._fixed:
+            return self._make(home, block)
+        return self._rename(self.spare.pop(), home, block)
+
+    def _make(self, home: CachedDevice, block: int) -> CachedBlock:
+        buffer = self._block_type(home, block, self._slab.take())
         self.nr_buffers += 1
         parameters.account(self.buffer_bytes)
         return buffer
 
-    def reuse(self, buffer: Buffer, home: CachedDevice, block: int) -> Buffer:
+    def reuse(self, buffer: CachedBlock, home: CachedDevice, block: int) -> Any:
         """Evict a clean buffer that nobody uses, and return it for another block, in no list."""
         del buffer.home.table[buffer.block_number]
         del self.clean[buffer]
+        self.counters.evictions += 1
+        return self._rename(buffer, home, block)
+
+    def _rename(self, buffer: CachedBlock, home: CachedDevice, block: int) -> CachedBlock:
         buffer.home = home
         buffer.block_number = block
         buffer.aux = None
         buffer.referenced = 0
         buffer.used_at = NEW
-        self.counters.evictions += 1
         return buffer
 
-    def insert(self, buffer: Buffer) -> None:
+    def insert(self, buffer: CachedBlock) -> None:
         """Put a buffer that is in no list where it can be found, clean."""
         buffer.home.table[buffer.block_number] = buffer
         self.clean[buffer] = None
 
-    def destroy(self, buffer: Buffer) -> None:
+    def destroy(self, buffer: CachedBlock) -> None:
         """Remove a buffer that nobody uses, clean or dirty."""
         del buffer.home.table[buffer.block_number]
         (self.dirty if buffer.dirty else self.clean).pop(buffer, None)
         buffer.dirty = False
+        buffer.write_error = None
         buffer.aux = None
         self.free(buffer)
 
-    def free(self, buffer: Buffer) -> None:
-        """Take back the memory of a buffer that is in no list."""
+    def free(self, buffer: CachedBlock) -> None:
+        """Take back a buffer that is in no list."""
+        if self._fixed:
+            self.spare.append(buffer)
+        else:
+            self._unmake(buffer)
+
+    def _unmake(self, buffer: CachedBlock) -> None:
         self._slab.give_back(buffer.data)
         self.nr_buffers -= 1
         parameters.account(-self.buffer_bytes)
 
-    def oldest_clean(self, epoch: int) -> Buffer | None:
+    def give_up(self) -> None:
+        """Give the memory of the spare buffers back, for good."""
+        self._fixed = False
+        while self.spare:
+            self._unmake(self.spare.pop())
+
+    def oldest_clean(self, epoch: int) -> CachedBlock | None:
         """Return the clean buffer to evict next, None when every one is in use."""
         clean = self.clean
         for _ in range(2 * len(clean)):
@@ -368,7 +385,7 @@ class Core:
 
     # Dirtying
 
-    def set_dirty(self, buffer: Buffer, start: int, end: int) -> None:
+    def set_dirty(self, buffer: CachedBlock, start: int, end: int) -> None:
         """Add ``[start, end)`` to what must be written."""
         if buffer.dirty or buffer.writing is not None:
             # Also of one being written: should that fail, what was to be written then must be written yet.
@@ -386,7 +403,7 @@ class Core:
         del self.clean[buffer]
         self.dirty[buffer] = None
 
-    def oldest_dirty(self, count: int, epoch: int, *, again: bool = True) -> list[Buffer]:
+    def oldest_dirty(self, count: int, epoch: int, *, again: bool = True) -> list[CachedBlock]:
         """Return up to *count* unheld dirty buffers, least recently dirtied first.
 
         :param again: also those that could not be written before
@@ -406,7 +423,7 @@ class Core:
 
     # Transfers
 
-    def fill(self, buffer: Buffer) -> None:
+    def fill(self, buffer: CachedBlock) -> None:
         """Read the content of a buffer that is in no list, in this thread.  Gives the lock up meanwhile.
 
         :raises OSError: it could not be read; the buffer is gone, and everybody who waits for it gets the same error
@@ -444,7 +461,7 @@ class Core:
         if error is not None:
             raise error
 
-    def start_read(self, home: CachedDevice, buffers: list[Buffer], *, waiting: bool = False) -> None:
+    def start_read(self, home: CachedDevice, buffers: list[CachedBlock], *, waiting: bool = False) -> None:
         """Begin to read *buffers*, which are expected.
 
         Gives the lock up meanwhile.  Those that cannot be read leave the cache, and whoever waits for them tries again.
@@ -472,12 +489,12 @@ class Core:
             self.cancel_reads(buffers)
             raise
 
-    def expect(self, buffer: Buffer) -> None:
+    def expect(self, buffer: CachedBlock) -> None:
         """Note that a buffer in no list is arriving: :meth:`arrived` must follow."""
         buffer.home.arriving[buffer.block_number] = buffer
         self.nr_reading += 1
 
-    def arrived(self, buffer: Buffer, error: OSError | None) -> None:
+    def arrived(self, buffer: CachedBlock, error: OSError | None) -> None:
         """Note that an arriving buffer has its content, or will not have it and is gone."""
         home = buffer.home
         block = buffer.block_number
@@ -490,7 +507,7 @@ class Core:
         if error is not None:
             self.free(buffer)
 
-    def _announce(self, buffer: Buffer) -> None:
+    def _announce(self, buffer: CachedBlock) -> None:
         """Wake whoever waits for the arrival of *buffer*, or for anything else to change."""
         if self._gates:
             for gate in self._gates.pop(buffer, ()):
@@ -498,13 +515,13 @@ class Core:
         if self._nr_waiting:
             self._changed.notify_all()
 
-    def cancel_reads(self, buffers: list[Buffer]) -> None:
+    def cancel_reads(self, buffers: list[CachedBlock]) -> None:
         """Note that those of *buffers* that are arriving still will not."""
         for buffer in buffers:
             if buffer.home.arriving.get(buffer.block_number) is buffer:
                 self.arrived(buffer, OSError(errno.EIO, "read was interrupted", buffer.home.device.name))
 
-    def await_arrival(self, buffer: Buffer) -> OSError | None:
+    def await_arrival(self, buffer: CachedBlock) -> OSError | None:
         """Wait until a buffer that is arriving is there, and return None, or what went wrong.
 
         Gives the lock up meanwhile, so that the buffer may be gone again already.
@@ -523,7 +540,9 @@ class Core:
         failed = buffer.home is home and buffer.block_number == block and isinstance(buffer.aux, OSError)
         return buffer.aux if failed else None
 
-    def start_write_back(self, home: CachedDevice, buffers: Iterable[Buffer], *, waiting: bool = False) -> WriteBack:
+    def start_write_back(
+        self, home: CachedDevice, buffers: Iterable[CachedBlock], *, waiting: bool = False
+    ) -> WriteBack:
         """Begin to write those of *buffers*, all of one device, that are dirty and not being written already.
 
         Gives the lock up meanwhile.  A buffer that is dirtied again before it was written stays dirty, and so does one
@@ -560,7 +579,7 @@ class Core:
         self.counters.coalesced_writes += len(batch) - len(extents)
         return transfer
 
-    def _set_writing(self, batch: list[Buffer], transfer: WriteBack) -> None:
+    def _set_writing(self, batch: list[CachedBlock], transfer: WriteBack) -> None:
         # In this order, so that WriteBack.abandon finds its way back from whatever was done when a signal came.
         for buffer in batch:
             buffer.writing = transfer
@@ -580,26 +599,48 @@ class Core:
         finally:
             self.lock.acquire()
 
-    def write_back(self, home: CachedDevice, buffers: Iterable[Buffer]) -> list[Buffer]:
+    def write_back(self, home: CachedDevice, buffers: Iterable[CachedBlock]) -> list[CachedBlock]:
         """As :meth:`start_write_back`, and wait for the end.  Returns those that could not be written."""
         transfer = self.start_write_back(home, buffers, waiting=True)
         while transfer.remaining:
             self.wait()
         return transfer.failed
 
-    def _view(self, buffer: Buffer) -> memoryview:
+    def flush(self, home: CachedDevice) -> None:
+        """Have a device make durable what was written to it.  Called **without** the lock.
+
+        :raises OSError: the device's error.  Nobody knows then what of the writes since the last flush is durable, so
+            whatever of it is still cached is dirty again.
+        """
+        with self.lock:
+            unflushed, home.unflushed = home.unflushed, set()
+        try:
+            home.device.flush()
+        except BaseException:
+            with self.lock:
+                home.unflushed |= unflushed
+                for number in unflushed:
+                    buffer = home.table.get(number)
+                    if buffer is not None:
+                        self.set_dirty(buffer, 0, self.block_size)
+            raise
+        self.counters.flushes += 1
+
+    def _view(self, buffer: CachedBlock) -> memoryview:
         """Return what of a buffer there is on the device."""
         end = buffer.home.end_bytes
         if end is None:
             return buffer.data
         return buffer.data[: end - (buffer.home.offset + buffer.block_number * self.block_size)]
 
-    def _extents(self, home: CachedDevice, buffers: list[Buffer], starts: list[int]) -> list[Extent]:
+    def _extents(self, home: CachedDevice, buffers: list[CachedBlock], starts: list[int]) -> list[Extent]:
         views = [buffer.data for buffer in buffers]
         views[-1] = self._view(buffers[-1])
         return coalesce(starts, views, self.block_size)
 
-    def _dirty_extents(self, home: CachedDevice, batch: list[Buffer], numbers: list[int]) -> tuple[list[Extent], int]:
+    def _dirty_extents(
+        self, home: CachedDevice, batch: list[CachedBlock], numbers: list[int]
+    ) -> tuple[list[Extent], int]:
         """Return what has to be written of a batch that is being written, and how many bytes that is."""
         size = self.block_size
         base = home.offset
@@ -619,7 +660,7 @@ class Core:
         if self._nr_waiting:
             self._changed.notify_all()
 
-    def wait(self, wanted: Iterable[Buffer] = ()) -> None:
+    def wait(self, wanted: Iterable[CachedBlock] = ()) -> None:
         """Wait until something changes.
 
         :param wanted: what the caller waits for is a release of one of these; empty when it waits for a transfer
@@ -644,7 +685,7 @@ class Core:
             self._nr_waiting -= 1
             self._stuck.discard(me)
 
-    def drop_hold(self, buffer: Buffer) -> None:
+    def drop_hold(self, buffer: CachedBlock) -> None:
         """Give one hold back.
 
         :raises HoldError: nobody holds the buffer

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bufio import FileDevice, MemoryDevice
-from bufio.core import Buffer, Core
+from bufio.core import CachedBlock, Core
 from bufio.testing import Call
 from tests.support.devices import FaultyMemory
 from tests.support.image import ENTRIES_PER_BITMAP
@@ -446,7 +446,7 @@ def test_interrupt_within_an_abort_leaves_a_failed_pool(sound: bytes, monkeypatc
     destroy = Core.destroy
     calls = 0
 
-    def impatient(self: Core, buffer: Buffer) -> None:
+    def impatient(self: Core, buffer: CachedBlock) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:

@@ -206,13 +206,20 @@ def test_sectors_of_a_torn_write_follow_from_the_seed() -> None:
     assert set(chain(*torn(1))) == set(range(8))
 
 
+def test_torn_write_of_one_sector_leaves_nothing(device: FaultyDevice[MemoryDevice]) -> None:
+    device.on("write").tear()
+    for at in range(16):
+        assert errno_of(lambda at=at: device.pwrite(b"\xff" * 512, at * 512)) == errno.EIO  # type: ignore[misc]
+    assert written(device) == []
+
+
 def test_torn_read_and_torn_discard_do_a_part(device: FaultyDevice[MemoryDevice]) -> None:
     device.on("read", "discard").tear(sectors=[1])
     buffers = [bytearray(700), bytearray(700)]
     assert errno_of(lambda: device.preadv(buffers, 0)) == errno.EIO
     assert b"".join(buffers) == bytes(512) + CONTENT[512:1024] + bytes(376)
-    assert errno_of(lambda: device.discard(0, 1500)) == errno.EIO
-    assert written(device) == [1]
+    assert errno_of(lambda: device.discard(0, 700)) == errno.EIO
+    assert device.inner.contents() == CONTENT[:512] + bytes(188) + CONTENT[700:]
 
 
 def test_lost_calls_are_reported_as_done(device: FaultyDevice[MemoryDevice]) -> None:
@@ -578,6 +585,15 @@ def test_same_bytes_come_again_after_a_mark_since_more_is_promised() -> None:
         (("acknowledged without a flush",), b"\0"),
         (("acknowledged without a flush",), b"a"),
     ]
+
+
+def test_every_subset_comes_again_after_a_mark() -> None:
+    device = CrashDevice(SIZE)
+    run(device, blocks(5))
+    device.mark("acknowledged without a flush")
+    found = [image for image in device.images(exhaustive=5, samples=0) if image.marks]
+    assert len(found) == 2**5
+    assert {image.digest for image in found} == {image.digest for image in device.images(exhaustive=5, samples=0)}
 
 
 def test_each_image_is_built_again_from_its_choice() -> None:

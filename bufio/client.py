@@ -15,11 +15,20 @@ from bufio.memory import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from threading import Lock
-    from typing import Self
+    from typing import Any, Protocol, Self
 
     from bufio.device import Device
     from bufio.engine import Engine
+
+    class Lock(Protocol):
+        """A lock of either kind."""
+
+        def acquire(self, blocking: bool = True) -> Any:
+            """Take it; false when that would mean waiting and *blocking* is false."""
+
+        def release(self) -> None:
+            """Give it back."""
+
 
 _SECTOR_BYTES = 512
 _LEAST_BUFFERS = 8
@@ -162,7 +171,7 @@ class Client:
         """
         keep = parameters.retain_bytes // self._core.buffer_bytes
         limit = now - parameters.max_age_seconds
-        self._between_epochs(lambda: self._core.evict_unused_since(limit, now, keep))
+        self._between_epochs(lambda: self._core.evict_unused_since(limit, now, keep, self.epoch))
 
     def _between_epochs(self, work: Callable[[], None]) -> None:
         """Do something that evicts buffers, unless somebody may have borrowed some right now, in another thread.
@@ -292,8 +301,11 @@ class Client:
         with self._lock:
             self._require_open()
             fresh: list[CachedBlock] = []
+            end = block + n_blocks
+            if end > self._known_size:
+                end = min(end, self.device_size)
             try:
-                self._create_absent(range(max(0, block), min(block + n_blocks, self.device_size)), fresh)
+                self._create_absent(range(max(0, block), end), fresh)
             except BaseException:
                 self._core.cancel_reads(fresh)
                 raise

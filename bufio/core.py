@@ -366,7 +366,7 @@ class Core:
         self.counters.evictions += 1
         return True
 
-    def evict_unused_since(self, limit: float, now: float, keep: int) -> None:
+    def evict_unused_since(self, limit: float, now: float, keep: int, epoch: int) -> None:
         """Evict the clean buffers that were not used after time *limit*, as long as there are more than *keep*.
 
         A use is known only from the first look after it on: what was used since the last look is given the time *now*.
@@ -374,7 +374,7 @@ class Core:
         for buffer in list(self.clean):
             if buffer.holders or buffer.referenced or buffer.used_at == NEW:
                 buffer.used_at = now
-                if buffer.referenced:
+                if buffer.referenced not in (0, epoch):
                     # The order of the list has to tell from now on what the mark told until now.
                     buffer.referenced = 0
                     del self.clean[buffer]

@@ -25,7 +25,10 @@ from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataErr
 from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR, BLOCKNR_OFFSET, CHECKSUM
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from bufio import Buffer, Device
+    from bufio.engine import Engine
 
 _ZEROES = bytes(BLOCK_SIZE)
 
@@ -103,13 +106,26 @@ class BlockManager:
 
     :param device: where they are; it stays the caller's to close
     :param cache_bytes: memory for cached blocks; by default a share of ``bufio.parameters.max_cache_size_bytes``
+    :param engine: how transfers are done; one that is synchronous by default
     :param read_only: begin in read-only mode
     """
 
-    def __init__(self, device: Device, *, cache_bytes: int | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        cache_bytes: int | None = None,
+        engine: Engine | None = None,
+        read_only: bool = False,
+    ) -> None:
         self.device = device
         self.client = Client(
-            device, BLOCK_SIZE, reserved_buffers=16, write_callback=complete_for_write, cache_bytes=cache_bytes
+            device,
+            BLOCK_SIZE,
+            reserved_buffers=16,
+            write_callback=complete_for_write,
+            engine=engine,
+            cache_bytes=cache_bytes,
         )
         self.client.epoch = FIRST_EPOCH
         self.peek = self.client.peek
@@ -309,6 +325,18 @@ class BlockManager:
     def prefetch(self, block: int, count: int = 1) -> None:
         """Read blocks ahead."""
         self.client.prefetch(block, count)
+
+    def prefetch_all(self, blocks: Iterable[int]) -> None:
+        """Read those of *blocks* ahead that are not cached, neighbours together."""
+        first = end = -1
+        for block in sorted(block for block in blocks if self.peek(block) is None):
+            if block != end:
+                if first >= 0:
+                    self.client.prefetch(first, end - first)
+                first = block
+            end = block + 1
+        if first >= 0:
+            self.client.prefetch(first, end - first)
 
     def flush(self) -> None:
         """Put every dirty block on the device and make it durable.

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from bufio import Device, Stats
     from bufio.device import PathLike, SupportsFileno
+    from bufio.engine import Engine
 
 _MAX_RESERVE_BLOCKS = 4096
 _RESERVE_FRACTION = 10
@@ -85,6 +86,7 @@ class PoolMetadata:
         self._device = device
         self._owns_device = owns_device
         self._lock = threading.RLock()
+        storage.bm.client.owner_lock = self._lock
         self._handles: dict[int, Handle] = {}
         """Devices that are open, or were and have changed; the most recently added last."""
         self._generation = 0
@@ -114,6 +116,7 @@ class PoolMetadata:
         nr_data_blocks: int = 0,
         read_only: bool = False,
         cache_bytes: int | None = None,
+        engine: Engine | None = None,
     ) -> Self:
         """Open the metadata of a pool.
 
@@ -124,6 +127,8 @@ class PoolMetadata:
         :param nr_data_blocks: data blocks of a pool that is formatted here
         :param read_only: refuse every change, and do not even open the device for writing
         :param cache_bytes: memory for cached metadata blocks
+        :param engine: how transfers are done, synchronously by default.  With a ``bufio.AsyncEngine``, iterations,
+            deletions and comparisons read ahead while they work; it stays the caller's to close
         :raises ThinError: EPERM for an all-zero superblock without *format_device*, EINVAL for another data block size
         :raises Corrupt: not metadata, or damaged
         :raises OSError: as ``open`` does, for a path
@@ -135,10 +140,11 @@ class PoolMetadata:
                     raise ThinError(errno.EPERM, f"{device.name}: superblock is all zeroes: not formatted")
                 if data_block_size is None:
                     raise ThinError(errno.EINVAL, f"{device.name}: data_block_size is needed to format")
-                self = cls._format(device, owned, data_block_size, nr_data_blocks, cache_bytes)
+                self = cls._format(device, owned, data_block_size, nr_data_blocks, cache_bytes, engine)
             else:
                 read_only = read_only or device.read_only
-                self = cls(Storage.open(device, cache_bytes, read_only=read_only), device, owns_device=owned)
+                storage = Storage.open(device, cache_bytes, engine, read_only=read_only)
+                self = cls(storage, device, owns_device=owned)
                 if read_only:
                     self._opened_read_only = True
                     self._frozen = "the pool was opened read-only"
@@ -164,6 +170,7 @@ class PoolMetadata:
         nr_data_blocks: int = 0,
         *,
         cache_bytes: int | None = None,
+        engine: Engine | None = None,
     ) -> Self:
         """Make an empty pool on a device whose first 4096 bytes are zero, commit it, and return it opened.
 
@@ -176,7 +183,7 @@ class PoolMetadata:
         try:
             if not _is_unformatted(device):
                 raise DeviceBusy(f"{device.name}: block 0 is not zero; clear it to give up what is there")
-            return cls._format(device, owned, data_block_size, nr_data_blocks, cache_bytes)
+            return cls._format(device, owned, data_block_size, nr_data_blocks, cache_bytes, engine)
         except BaseException as error:
             if owned:
                 device.close()
@@ -186,7 +193,13 @@ class PoolMetadata:
 
     @classmethod
     def _format(
-        cls, device: Device, owned: bool, data_block_size: int, nr_data_blocks: int, cache_bytes: int | None
+        cls,
+        device: Device,
+        owned: bool,
+        data_block_size: int,
+        nr_data_blocks: int,
+        cache_bytes: int | None,
+        engine: Engine | None,
     ) -> Self:
         if not valid_data_block_size(data_block_size):
             raise ThinError(
@@ -196,7 +209,7 @@ class PoolMetadata:
         if not 0 <= nr_data_blocks <= MAX_DATA_BLOCK + 1:
             raise ThinError(errno.EINVAL, f"a pool cannot have {nr_data_blocks} data blocks")
         try:
-            self = cls(Storage.format(device, data_block_size, cache_bytes), device, owns_device=owned)
+            self = cls(Storage.format(device, data_block_size, cache_bytes, engine), device, owns_device=owned)
             if nr_data_blocks:
                 self.resize_data_dev(nr_data_blocks)
                 self.commit()
@@ -208,7 +221,11 @@ class PoolMetadata:
 
     @classmethod
     def open_metadata_snap(
-        cls, device_or_path: Device | PathLike | SupportsFileno, *, cache_bytes: int | None = None
+        cls,
+        device_or_path: Device | PathLike | SupportsFileno,
+        *,
+        cache_bytes: int | None = None,
+        engine: Engine | None = None,
     ) -> Self:
         """Open the metadata snapshot that a pool holds, read-only, while the pool itself may be in use elsewhere.
 
@@ -218,7 +235,7 @@ class PoolMetadata:
         """
         device, owned = _as_device(device_or_path, read_only=True, exclusive=False)
         try:
-            storage = Storage.open(device, cache_bytes, read_only=True)
+            storage = Storage.open(device, cache_bytes, engine, read_only=True)
             held_root = storage.superblock.held_root
             if not held_root:
                 storage.bm.close(write=False)

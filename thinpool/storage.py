@@ -32,6 +32,7 @@ from thinpool.values import block_times, device_details, mapping_roots
 
 if TYPE_CHECKING:
     from bufio import Device
+    from bufio.engine import Engine
 
 _MAX_DEVICE_SECTORS = 33292800
 
@@ -87,12 +88,12 @@ class Storage:
         """A superblock was written, or was to be, and the device did not confirm that it is durable."""
 
     @classmethod
-    def format(cls, device: Device, data_block_size: int, cache_bytes: int | None) -> Storage:
+    def format(cls, device: Device, data_block_size: int, cache_bytes: int | None, engine: Engine | None) -> Storage:
         """Write the metadata of an empty pool without data blocks; what was on the device is lost.
 
         :raises NoFreeBlock: the device is too small
         """
-        bm = BlockManager(device, cache_bytes=cache_bytes)
+        bm = BlockManager(device, cache_bytes=cache_bytes, engine=engine)
         try:
             metadata_map = MetadataSpaceMap()
             tm = TransactionManager(bm, metadata_map)
@@ -121,12 +122,12 @@ class Storage:
         return cls.reopen(bm)
 
     @classmethod
-    def open(cls, device: Device, cache_bytes: int | None, *, read_only: bool) -> Storage:
+    def open(cls, device: Device, cache_bytes: int | None, engine: Engine | None, *, read_only: bool) -> Storage:
         """Open what is on the device.
 
         :raises CorruptMetadata: it is not, or not sound, metadata
         """
-        bm = BlockManager(device, cache_bytes=cache_bytes, read_only=read_only)
+        bm = BlockManager(device, cache_bytes=cache_bytes, engine=engine, read_only=read_only)
         try:
             return cls.reopen(bm)
         except BaseException:

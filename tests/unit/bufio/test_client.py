@@ -641,12 +641,28 @@ def test_two_threads_that_wait_for_each_other_are_told(few: Client, threads: Thr
 
 
 def test_reader_waits_for_a_release_by_another_thread(few: Client, threads: Threads) -> None:
-    held = [few.read(block) for block in range(FEW + 1)]
-    reader = threads.submit(read, few, 20)
+    held = [few.read(block) for block in range(FEW)]
+
+    def use_two() -> bytes:
+        with_reserve = few.read(19)
+        second = read(few, 20)
+        with_reserve.release()
+        return second
+
+    reader = threads.submit(use_two)
     wait_until(lambda: few.stats.waits >= 1)
     assert not reader.done()
     held.pop().release()
     assert result_of(reader) == content(20)
+
+
+def test_thread_that_holds_nothing_never_depends_on_the_others(few: Client, threads: Threads) -> None:
+    """They may have taken the reserve as well."""
+    held = [few.read(block) for block in range(FEW + 1)]
+    assert result_of(threads.submit(read, few, 20)) == content(20)
+    assert few.stats.waits == 0
+    for buffer in held:
+        buffer.release()
 
 
 def test_reserved_buffers_keep_a_thread_going_at_the_limit(device: FaultyMemory, threads: Threads) -> None:

@@ -8,9 +8,11 @@ A file has any number of scripts.  Each begins with its name in brackets and a c
     put 3
     error hold naming 3: put 3
 
-One instruction stands on a line; case matters, indentation does not, ``#`` begins a comment.  Two things belong to the
-language itself:
+One instruction stands on a line; case matters, indentation does not, ``#`` begins a comment.  Three things belong to
+the language itself:
 
+``needs NUMBER``
+    The first line of a script for caches with room for that many blocks, and not for smaller ones.
 ``for VARIABLE in BEGIN .. END [step STEP]`` ... ``end``
     repeats what is between, END excluded.  Loops nest.
 ``error KIND [naming NUMBER, ...]: INSTRUCTION``
@@ -204,6 +206,8 @@ class Script:
     rule: str
     source: str
     body: list[_Step | _Loop]
+    needs: int = 0
+    """How many blocks a cache must have room for, if it is to run this."""
 
     def uses(self, *instructions: str) -> bool:
         """Return whether an instruction of one of these names is in the script."""
@@ -217,6 +221,7 @@ def _uses(body: list[_Step | _Loop], instructions: Collection[str]) -> bool:
 
 
 _LOOP = re.compile(r"for (\w+) in (.+?) \.\. (.+?)(?: step (.+))?")
+_NEEDS = re.compile(r"needs (\d+)")
 _ERROR = re.compile(r"error (\w+)(?: naming ([^:]+))?: (.+)")
 
 
@@ -311,7 +316,9 @@ def parse(text: str, machine: type[Machine], source: str = "script") -> list[Scr
     for name, number, rule, lines in sections:
         if not rule:
             raise ScriptError(f"{source}:{number}: [{name}]: a comment must say which rule it shows")
-        scripts.append(Script(name, " ".join(rule), source, _Parser(source, machine).body(iter(lines))))
+        needs = _NEEDS.fullmatch(lines[0][1]) if lines else None
+        body = _Parser(source, machine).body(iter(lines[1:] if needs else lines))
+        scripts.append(Script(name, " ".join(rule), source, body, int(needs[1]) if needs else 0))
     return scripts
 
 

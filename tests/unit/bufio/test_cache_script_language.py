@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bufio import Client, MemoryDevice
+from bufio import Bcache, Client, MemoryDevice
 from bufio.core import BUFFER_OVERHEAD_BYTES
 from bufio.testing import FaultyDevice
+from tests.support.bcache_script import BcacheMachine
 from tests.support.cache_disks import CrashDisk, Disk
 from tests.support.cache_model import pattern
 from tests.support.cache_script import Machine, ScriptError, ScriptFailure, instruction, parse
@@ -16,6 +17,8 @@ from tests.support.client_script import ClientMachine
 
 if TYPE_CHECKING:
     from bufio import Device
+    from bufio.bcache import Block
+    from bufio.device import ReadableBuffer
 
 SIZE = 512
 NR_BLOCKS = 32
@@ -30,6 +33,32 @@ def run(text: str, client_class: type[Client] = Client, disk: Disk | None = None
     cache_bytes = NR_BUFFERS * (SIZE + BUFFER_OVERHEAD_BYTES)
     client = client_class(disk.device if device is None else device, SIZE, cache_bytes=cache_bytes)
     ClientMachine(client, disk, NR_BUFFERS).run(script)
+
+
+class Misreading(Bcache):
+    """A cache that writes ranges of bytes one byte too far."""
+
+    def write_bytes(self, device: Device, offset: int, data: ReadableBuffer) -> None:
+        super().write_bytes(device, offset + 1, data)
+
+    def zero_bytes(self, device: Device, offset: int, length: int) -> None:
+        super().zero_bytes(device, offset + 1, length)
+
+
+class Silent(Bcache):
+    """A cache that does not say what it skips."""
+
+    def flush(self) -> list[Block]:
+        super().flush()
+        return []
+
+
+def run_bcache(text: str, bcache_class: type[Bcache] = Bcache) -> None:
+    """Run the lines of one script, the first of which is line 3, on a cache of two devices in memory."""
+    disks = {"a": Disk(IMAGE), "b": Disk(pattern("other", NR_BLOCKS * SIZE))}
+    (script,) = parse(f"[test]\n# A rule.\n{text}", BcacheMachine, "test.txt")
+    bcache = bcache_class(SIZE // 512, NR_BUFFERS)
+    BcacheMachine(bcache, SIZE, {name: (disk, disk.device) for name, disk in disks.items()}).run(script)
 
 
 # A machine of its own shows the language without a cache
@@ -169,6 +198,13 @@ def test_instruction_within_loops_is_found() -> None:
     assert not script.uses("fail")
 
 
+def test_script_says_how_much_room_it_needs() -> None:
+    large, small = parse("[large]\n# A rule.\nneeds 6\nsay 1\n[small]\n# A rule.\nsay 1", Recorder)
+    assert (large.needs, small.needs) == (6, 0)
+    with pytest.raises(ScriptError, match=r"^test\.txt:4: needs 6: there is no instruction needs"):
+        record("say 1\nneeds 6")
+
+
 def test_expected_error_is_no_failure() -> None:
     assert record("error value: fail with 3\nerror value naming 3: fail with 3\nsay 1") == [1]
 
@@ -245,6 +281,42 @@ def test_script_that_must_fail_fails(text: str, message: str) -> None:
 def test_script_that_makes_no_sense_is_refused(text: str, message: str) -> None:
     with pytest.raises(ScriptError, match=message):
         run(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fill a 3 as first\ncheck a 3 holds initial", r"^test\.txt:4: .*block 3: its buffer has first where initial"),
+        ("fill a 3 as first\nfill b 3 as first\nverify_device a 3", r"^test\.txt:5: .*the device has initial where"),
+        ("check a 3\ncheck b 3\nexpect read_misses = 1", r"^test\.txt:5: .*read_misses is 2, not = 1"),
+        ("check a 3\nexpect dirty >= 1", r"^test\.txt:4: .*dirty is 0, not >= 1"),
+        ("error hold: check a 3", r"^test\.txt:3: .*no hold error was raised"),
+        ("get a 3\nget a 3 dirty", r"^test\.txt:4: .*raised HoldError"),
+        ("get a 3 zero\nflush skipping 0\nput a 3", r"^test\.txt:4: .*1 blocks were skipped, not 0"),
+        ("get a 3\ninvalidate a 3\nput a 3", r"^test\.txt:4: .*it returned False"),
+        ("check a 3\ninvalidate_device a refused", r"^test\.txt:4: .*it returned True"),
+        ("put a 3", r"^test\.txt:3: .*was never held"),
+        ("check c 3", r"^test\.txt:3: .*there is no device c: a, b"),
+        ("get a 3\nstamp a 3\nput a 3", r"^test\.txt:4: .*not held for writing"),
+        ("verify a 3", r"^test\.txt:3: .*is not held"),
+        ("get b 3", r"at its end: blocks \[3\] of b are still held"),
+    ],
+)
+def test_bcache_script_that_must_fail_fails(text: str, message: str) -> None:
+    with pytest.raises((ScriptFailure, ScriptError), match=message):
+        run_bcache(text)
+
+
+def test_bytes_that_bcache_gets_wrong_are_found() -> None:
+    with pytest.raises(ScriptFailure, match=r"^test\.txt:4: .*bytes \[1500\.\.2000\] are not what they have to be"):
+        run_bcache("write_bytes a 1500 .. 1600\nread_bytes a 1500 .. 2000", Misreading)
+    with pytest.raises(ScriptFailure, match=r"^test\.txt:4: .*block 3: its buffer has"):
+        run_bcache("zero_bytes a 1500 .. 1600\ncheck a 3", Misreading)
+
+
+def test_bcache_that_skips_without_saying_so_is_found() -> None:
+    with pytest.raises(ScriptFailure, match=r"^test\.txt:5: .*blocks \[\] are said to be skipped"):
+        run_bcache("fill a 4\nget a 3 zero\nflush\nput a 3", Silent)
 
 
 def test_change_marked_in_pieces_is_marked() -> None:

@@ -85,15 +85,15 @@ class FaultyDisk(Disk):
 
 
 class FileDisk(Disk):
-    """A file in *directory*, looked at through a descriptor of its own.
+    """The file *path*, which is made, looked at through a descriptor of its own.
 
     :param direct: the device (not that descriptor) has O_DIRECT
     """
 
-    def __init__(self, image: bytes, directory: Path, direct: bool = False) -> None:
-        self._path = directory / "disk.img"
-        self._path.write_bytes(image)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+    def __init__(self, image: bytes, path: Path, direct: bool = False) -> None:
+        self._path = path
+        path.write_bytes(image)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._direct = direct
         super().__init__(image)
 

@@ -58,7 +58,9 @@ class Buffer(CachedBlock):
 
         :raises HoldError: nobody holds the buffer
         """
-        self.client.release(self)
+        client = self.client
+        with client._lock:
+            client._core.drop_hold(self)
 
     def mark_dirty(self, start: int = 0, end: int | None = None) -> None:
         """Say that bytes ``[start, end)`` were changed; by default all of them.  The buffer must be held.
@@ -331,8 +333,7 @@ class Client:
 
     def release(self, buffer: Buffer) -> None:
         """Give one hold of *buffer* back; see :meth:`Buffer.release`."""
-        with self._lock:
-            self._core.drop_hold(buffer)
+        buffer.release()
 
     def mark_dirty(self, buffer: Buffer, start: int = 0, end: int | None = None) -> None:
         """Note a change of bytes ``[start, end)``; see :meth:`Buffer.mark_dirty`.  Also of a borrowed buffer."""

@@ -28,7 +28,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from bufio.device import MemoryDevice
-from bufio.engine import SyncEngine, coalesce
+from bufio.engine import SyncEngine, coalesce, split
 from bufio.errors import HoldError, WouldDeadlock
 from bufio.memory import Slab, parameters
 
@@ -253,6 +253,8 @@ class Core:
         self.nr_reading = 0
         self.nr_writing = 0
         self.devices: dict[Device, CachedDevice] = {}
+        self._partly_dirty = False
+        """A part of a block was dirtied at some time: a look at each tells what there is to write."""
         self._changed = threading.Condition(self.lock)
         self._nr_waiting = 0
         self._stuck: set[int] = set()
@@ -277,6 +279,7 @@ class Core:
         """Put into *snapshot* what happened so far, and what is cached now."""
         for name in Stats.__slots__:
             setattr(snapshot, name, getattr(self.counters, name))
+        snapshot.bytes_read = self.counters.reads * self.block_size
         buffers = [buffer for home in self.devices.values() for buffer in home.table.values()]
         snapshot.dirty = sum(1 for buffer in buffers if buffer.dirty or buffer.writing is not None)
         snapshot.cached = len(buffers)
@@ -387,6 +390,8 @@ class Core:
 
     def set_dirty(self, buffer: CachedBlock, start: int, end: int) -> None:
         """Add ``[start, end)`` to what must be written."""
+        if end - start != self.block_size:
+            self._partly_dirty = True
         if buffer.dirty or buffer.writing is not None:
             # Also of one being written: should that fail, what was to be written then must be written yet.
             if start < buffer.dirty_start:
@@ -450,7 +455,6 @@ class Core:
             del home.arriving[block]
             self.nr_reading -= 1
             self.counters.reads += 1
-            self.counters.bytes_read += self.block_size
             if not arrived:
                 # Whoever waits has the object, not the table: leave the error where they look.
                 buffer.aux = error or OSError(errno.EIO, f"read of block {block} was interrupted", home.device.name)
@@ -471,16 +475,13 @@ class Core:
         def done(first: int, results: list[OSError | None]) -> None:
             with self.lock:
                 self.counters.reads += len(results)
-                self.counters.bytes_read += len(results) * self.block_size
                 for buffer, error in zip(buffers[first:], results, strict=False):
                     self.arrived(buffer, error)
 
-        size = self.block_size
-        base = home.offset
         try:
             try:
                 self.lock.release()
-                extents = self._extents(home, buffers, [base + buffer.block_number * size for buffer in buffers])
+                extents = self._extents(home, buffers, [buffer.block_number for buffer in buffers])
                 self.engine.start_read(home.device, extents, done, waiting=waiting)
             finally:
                 self.lock.acquire()
@@ -633,25 +634,27 @@ class Core:
             return buffer.data
         return buffer.data[: end - (buffer.home.offset + buffer.block_number * self.block_size)]
 
-    def _extents(self, home: CachedDevice, buffers: list[CachedBlock], starts: list[int]) -> list[Extent]:
+    def _extents(self, home: CachedDevice, buffers: list[CachedBlock], numbers: list[int]) -> list[Extent]:
+        """Return where on the device whole *buffers* are, whose block numbers ascend."""
         views = [buffer.data for buffer in buffers]
-        views[-1] = self._view(buffers[-1])
-        return coalesce(starts, views, self.block_size)
+        if home.end_bytes is not None:
+            views[-1] = self._view(buffers[-1])
+        size = self.block_size
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            return split(home.offset + numbers[0] * size, views, size)
+        return coalesce([home.offset + number * size for number in numbers], views)
 
     def _dirty_extents(
         self, home: CachedDevice, batch: list[CachedBlock], numbers: list[int]
     ) -> tuple[list[Extent], int]:
         """Return what has to be written of a batch that is being written, and how many bytes that is."""
         size = self.block_size
-        base = home.offset
-        if home.prepare is None and not getattr(home.device, "direct", False):
-            lengths = [buffer.dirty_end - buffer.dirty_start for buffer in batch]
-            if lengths.count(size) != len(batch):
-                starts = [base + buffer.block_number * size + buffer.dirty_start for buffer in batch]
-                views = [self._view(buffer)[buffer.dirty_start : buffer.dirty_end] for buffer in batch]
-                return coalesce(starts, views), sum(view.nbytes for view in views)
-        # Whole blocks: whatever completes a block may change any byte of it, and direct access wants them aligned.
-        return self._extents(home, batch, [base + number * size for number in numbers]), len(batch) * size
+        # Else whole blocks: what completes a block may change any byte of it, and direct access wants them aligned.
+        if self._partly_dirty and home.prepare is None and not getattr(home.device, "direct", False):
+            starts = [home.offset + buffer.block_number * size + buffer.dirty_start for buffer in batch]
+            views = [self._view(buffer)[buffer.dirty_start : buffer.dirty_end] for buffer in batch]
+            return coalesce(starts, views), sum(view.nbytes for view in views)
+        return self._extents(home, batch, numbers), len(batch) * size
 
     # Waiting
 

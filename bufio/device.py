@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+from operator import attrgetter
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,8 +77,15 @@ class Device(Protocol):
         """Give the device back."""
 
 
+_NBYTES = attrgetter("nbytes")
+
+
 def _nbytes(buffers: Sequence[ReadableBuffer]) -> int:
-    return sum(memoryview(b).nbytes for b in buffers)
+    try:
+        # What a cache transfers is views, and a megabyte of them is counted for each call.
+        return sum(map(_NBYTES, buffers))
+    except AttributeError:
+        return sum(memoryview(b).nbytes for b in buffers)
 
 
 def transfer_whole(
@@ -198,7 +206,10 @@ class FileDevice:
 
     def readinto(self, buffer: WritableBuffer, offset: int) -> None:
         # What a cache misses is read here: one call, and the general case only if it comes back short.
-        done = self._preadv((buffer,), offset)
+        try:
+            done = os.preadv(self._fd, (buffer,), offset)
+        except OSError as error:
+            raise _at_byte(error, offset, "read", self.path) from error
         if done != memoryview(buffer).nbytes:
             self.preadv([memoryview(buffer).cast("B")[done:]], offset + done)
 

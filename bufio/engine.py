@@ -60,15 +60,20 @@ DEFAULT_IN_FLIGHT = 16
 _IDLE_SECONDS = 5.0
 
 
-def coalesce(starts: list[int], views: list[memoryview], block_size: int | None = None) -> list[Extent]:
-    """Join neighbours to extents of at most :data:`MAX_COALESCED_BYTES`.
+def split(start: int, views: list[memoryview], block_size: int) -> list[Extent]:
+    """Return *views* of *block_size* bytes, which are all neighbours, as extents of at most MAX_COALESCED_BYTES.
+
+    :param start: byte offset of the first
+    """
+    step = max(1, MAX_COALESCED_BYTES // block_size)
+    return [(start + at * block_size, views[at : at + step]) for at in range(0, len(views), step)]
+
+
+def coalesce(starts: list[int], views: list[memoryview]) -> list[Extent]:
+    """Join neighbours to extents of at most MAX_COALESCED_BYTES.
 
     :param starts: byte offset of each view, ascending
-    :param block_size: bytes of each view, where all have the same
     """
-    if block_size is not None and starts[-1] - starts[0] == (len(starts) - 1) * block_size:
-        step = max(1, MAX_COALESCED_BYTES // block_size)
-        return [(starts[at], views[at : at + step]) for at in range(0, len(starts), step)]
     extents: list[Extent] = []
     run: list[memoryview] = []
     end = limit = -1

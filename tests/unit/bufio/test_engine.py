@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bufio import AsyncEngine, SyncEngine
-from bufio.engine import MAX_COALESCED_BYTES, coalesce
+from bufio.engine import MAX_COALESCED_BYTES, coalesce, split
 from bufio.testing import Call
 from tests.support.devices import FaultyMemory
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from bufio.engine import Done, Engine, Extent
+
+    Join = Callable[[int, list[memoryview], int], list[Extent]]
     from bufio.testing import Kind
 
 SIZE = 4096
@@ -25,6 +27,12 @@ NR_BLOCKS = 4096
 CONTENT = b"".join(block.to_bytes(4, "little") * (SIZE // 4) for block in range(NR_BLOCKS))
 DEADLINE = 20  # seconds
 
+
+def coalesce_blocks(start: int, views: list[memoryview], size: int) -> list[Extent]:
+    return coalesce([start + size * number for number in range(len(views))], views)
+
+
+WAYS_TO_JOIN = pytest.mark.parametrize("joined", [split, coalesce_blocks])
 BOTH = {"synchronous": SyncEngine, "asynchronous": AsyncEngine}
 
 
@@ -71,7 +79,7 @@ class Results:
 
 def extents_of(blocks: list[int], content: Callable[[int], bytes] | None = None) -> list[Extent]:
     views = [memoryview(bytearray(bytes(SIZE) if content is None else content(block))) for block in blocks]
-    return coalesce([block * SIZE for block in blocks], views, SIZE)
+    return coalesce([block * SIZE for block in blocks], views)
 
 
 def carry_out(
@@ -175,11 +183,13 @@ def test_engine_serves_several_threads_and_devices(engine: Engine) -> None:
 # Joining neighbours
 
 
-def test_extents_are_bounded() -> None:
-    extents = extents_of(list(range(1000)))
+@WAYS_TO_JOIN
+def test_extents_are_bounded(joined: Join) -> None:
+    views = [memoryview(bytearray(SIZE)) for _ in range(1000)]
+    extents = joined(7 * SIZE, views, SIZE)
     assert max(sum(view.nbytes for view in views) for _, views in extents) == MAX_COALESCED_BYTES
-    assert [offset for offset, _ in extents] == [0, 256 * SIZE, 512 * SIZE, 768 * SIZE]
-    assert sum(len(views) for _, views in extents) == 1000
+    assert [offset // SIZE for offset, _ in extents] == [7, 263, 519, 775]
+    assert views_of(extents) == views
 
 
 def test_extents_with_gaps_are_bounded_too() -> None:
@@ -187,10 +197,11 @@ def test_extents_with_gaps_are_bounded_too() -> None:
     assert [(offset // SIZE, len(views)) for offset, views in extents] == [(0, 1), (2, 256), (258, 256), (514, 186)]
 
 
-def test_a_view_longer_than_the_bound_is_an_extent_of_its_own() -> None:
+@WAYS_TO_JOIN
+def test_view_longer_than_the_bound_is_an_extent_of_its_own(joined: Join) -> None:
     size = 2 * MAX_COALESCED_BYTES
     views = [memoryview(bytearray(size)) for _ in range(3)]
-    assert coalesce([0, size, 2 * size], views, size) == [(0, views[:1]), (size, views[1:2]), (2 * size, views[2:])]
+    assert joined(0, views, size) == [(0, views[:1]), (size, views[1:2]), (2 * size, views[2:])]
 
 
 def test_parts_of_blocks_join_where_they_touch() -> None:

@@ -70,11 +70,12 @@ class CrashDisk(Disk):
 
 
 class FaultyDisk(Disk):
-    """A device whose transfers come in pieces."""
+    """A device whose transfers come in pieces, and one in twenty of them late."""
 
     def _open(self) -> None:
         pieces = FaultyDevice(MemoryDevice(self.image))
         pieces.on("read", "write").shorten(3 * _SECTOR_BYTES)
+        pieces.on("read", "write", chance=0.05).delay(100e-6)
         self._use(pieces)
 
     def look(self, offset: int, length: int) -> bytes:

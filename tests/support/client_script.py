@@ -53,7 +53,18 @@ class ClientMachine(CacheMachine):
     """
 
     VARIABLES = ("blocks", "buffers", "size")
-    EVENTS = ("hits", "misses", "reads", "writes", "bytes_read", "bytes_written", "evictions", "flushes", "waits")
+    EVENTS = (
+        "hits",
+        "misses",
+        "reads",
+        "writes",
+        "bytes_read",
+        "bytes_written",
+        "coalesced_writes",
+        "evictions",
+        "flushes",
+        "waits",
+    )
 
     def __init__(self, client: Client, disk: Disk, nr_buffers: int) -> None:
         super().__init__({"blocks": client.device_size, "buffers": nr_buffers, "size": client.block_size})

@@ -368,6 +368,15 @@ class Bcache:
 
     # Bytes
 
+    def prefetch_bytes(self, device: Device, offset: int, length: int) -> None:
+        """Prefetch the blocks of a range of bytes, neighbours in one call; as far as there is room.
+
+        :raises OSError: the range lies beyond the end (EIO)
+        :raises ValueError: a negative offset or length
+        """
+        self._check_range(device, offset, length)
+        self._prefetch_range(device, offset // self.block_size, -(-(offset + length) // self.block_size))
+
     def read_bytes(self, device: Device, offset: int, length: int) -> bytes:
         """Return *length* bytes from byte *offset* on.
 
@@ -375,8 +384,7 @@ class Bcache:
         :raises HoldError: some of it is held for changing
         :raises ValueError: a negative offset or length
         """
-        self._check_range(device, offset, length)
-        self._prefetch_range(device, offset // self.block_size, -(-(offset + length) // self.block_size))
+        self.prefetch_bytes(device, offset, length)
         parts = []
         for index, begin, end in self._parts(offset, length):
             block = self.get(device, index)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bufio import MemoryDevice
+from tools.bench import bufio as caches
 from tools.bench import engine
+from tools.bench.compare import BLOCKS_PER_SECOND, NANOSECONDS, Goal, Row, Unit, report, rows_of
 from tools.bench.measure import Lap, Result, Stopwatch, interleave, table
 from tools.bench.pools import CountingDevice
 
@@ -64,6 +66,58 @@ def test_counting_device_counts_blocks_read() -> None:
     device.preadv([bytearray(4096), bytearray(8192)], 4096)
     device.pwrite(bytes(4096), 0)
     assert device.blocks_read == 4
+
+
+def laps(name: str, *seconds: float) -> Result:
+    """One operation in each round, which took that long by the wall clock."""
+    return Result(name, [Lap(1, 0.0, wall) for wall in seconds])
+
+
+def test_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
+    # The ratio of the medians would be 1: a machine that was slow in one round for both must not hide the difference.
+    row = Row("work", NANOSECONDS, "wall", laps("ours", 2.0, 20.0, 4.0), laps("theirs", 1.0, 10.0, 4.0))
+    assert row.ratio == 2
+    rate = Row("work", BLOCKS_PER_SECOND, "wall", laps("ours", 2.0, 20.0, 4.0), laps("theirs", 1.0, 10.0, 4.0))
+    assert rate.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("unit", "goal", "text", "of_goal", "is_met"),
+    [
+        (NANOSECONDS, Goal(plus=3e9), "3e+09", 2 / 3, True),
+        (NANOSECONDS, Goal(times=1.5, plus=0.25e9), "1.5 x + 2.5e+08", 2 / 1.75, False),
+        (BLOCKS_PER_SECOND, Goal(times=0.5), "0.5 x", 1, True),
+        (BLOCKS_PER_SECOND, Goal(times=0.8), "0.8 x", 0.5 / 0.8, False),
+    ],
+)
+def test_goal_is_at_most_for_a_time_and_at_least_for_a_rate(
+    unit: Unit, goal: Goal, text: str, of_goal: float, is_met: bool
+) -> None:
+    row = Row("work", unit, "wall", laps("ours", 2.0), laps("theirs", 1.0), goal)
+    assert str(goal) == text
+    assert row.of_goal == pytest.approx(of_goal)
+    assert row.is_met is is_met
+
+
+def test_report_sets_each_contestant_beside_the_counterpart() -> None:
+    results = {"work": {"ours": laps("ours", 2e-9), "theirs": laps("theirs", 1e-9)}}
+    rows = rows_of(results, "theirs", NANOSECONDS, ["wall"], {("work", "ours"): Goal(plus=1500)})
+    assert report(rows).splitlines() == [
+        "ns per block    by  clock  median   range  theirs  ratio      goal  met",
+        "------------  ----  -----  ------  ------  ------  -----  --------  ---",
+        "work          ours   wall       2  2 .. 2       1   2.00  <= 1,500  yes",
+    ]
+
+
+def test_bench_of_the_caches_runs_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    files = tmp_path / "files"
+    files.mkdir()
+    assert caches.main(["--rounds", "1", "--size", "1", "--dir", str(files), "--json", str(out)]) == 0
+    assert not list(files.iterdir())
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["measurement"] for row in rows} >= set(caches.MEASUREMENTS) - {"direct"}  # not every file system has it
+    assert "locked dict" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ device), ``buffers`` (blocks of the cache) and ``size`` (bytes of a block).  Ran
 ``set_bytes D X .. Y to V``                    set_bytes
 ``break_reads D B [.. C]``                     let reads of these blocks fail, until ``mend``
 ``break_writes D B [.. C]``                    let writes of these blocks fail, until ``mend``
+``break_flush D``                              let flushes of the device fail, until ``mend``
 ``recount``                                    count the events of ``expect`` from here on
 ``expect NAME = N, ...``                       a statistic; also with ``>=`` and ``<=``
 =============================================  =====================================================================
@@ -306,6 +307,11 @@ class BcacheMachine(CacheMachine):
     def break_writes(self, device: str, block: int, end: int | None) -> None:
         """Let writes of blocks fail."""
         self._break(device, "write", block, end)
+
+    @instruction("break_flush <device:word>")
+    def break_flush(self, device: str) -> None:
+        """Let flushes of a device fail."""
+        self.break_flushes(self._side(device).disk)
 
     def _break(self, device: str, kind: Literal["read", "write"], block: int, end: int | None) -> None:
         last = block + 1 if end is None else end

@@ -41,9 +41,13 @@ class CacheMachine(Machine):
         """Let transfers that concern bytes ``[begin, end)`` of a disk fail."""
         self._rules.append(disk.faulty.on(kind, begin=begin, end=end).fail())
 
+    def break_flushes(self, disk: Disk) -> None:
+        """Let flushes of a disk fail."""
+        self._rules.append(disk.faulty.on("flush").fail())
+
     @instruction("mend")
     def mend(self) -> None:
-        """Let every transfer succeed again."""
+        """Let everything succeed again."""
         for rule in self._rules:
             rule.remove()
         self._rules.clear()

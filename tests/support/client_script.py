@@ -20,6 +20,7 @@ Blocks are numbers or expressions.  Besides loop variables there are ``blocks`` 
 ``drop``, ``reset``, ``close``                 drop_buffers, reset, close
 ``offset N``, ``minimum N``                    set_sector_offset, set_minimum_buffers
 ``break_reads B [.. C]``, ``break_writes ..``  let transfers of these blocks fail, until ``mend``
+``break_flush``                                let flushes fail, until ``mend``
 ``recount``                                    count the events of ``expect`` from here on
 ``expect NAME = N, ...``                       a statistic, ``blocks``; also with ``>=`` and ``<=``
 =============================================  =====================================================================
@@ -309,6 +310,11 @@ class ClientMachine(CacheMachine):
     def break_writes(self, block: int, end: int | None) -> None:
         """Let writes of blocks fail."""
         self._break("write", block, end)
+
+    @instruction("break_flush")
+    def break_flush(self) -> None:
+        """Let flushes fail."""
+        self.break_flushes(self._disk)
 
     def _break(self, kind: Literal["read", "write"], block: int, end: int | None) -> None:
         last = block + 1 if end is None else end

@@ -33,7 +33,7 @@ IMAGES = {
     size: tuple(pattern(f"initial {name} {size}", NR_BLOCKS * size) for name in ("a", "b")) for size in CLIENT_BUFFERS
 }
 IN_MEMORY: dict[str, Callable[[bytes], Disk]] = {"memory": Disk, "faulty": FaultyDisk, "crash": CrashDisk}
-FAULTS = ("break_reads", "break_writes")
+FAULTS = ("break_reads", "break_writes", "break_flush")
 
 
 @pytest.fixture(scope="module", params=[SyncEngine, AsyncEngine])

@@ -15,6 +15,7 @@ from persistent_data.layout import (
     BITMAP_HEADER_SIZE,
     ENTRIES_PER_BITMAP,
     ENTRIES_PER_BYTE,
+    INDEX_ENTRY,
     OVERFLOW_COUNT,
     REF_COUNT_VALUE,
 )
@@ -30,20 +31,18 @@ if TYPE_CHECKING:
 
         changed: bool
 
-        def load(self, index: int) -> IndexEntry:
-            """Return the entry of bitmap *index*; the caller must not change it except through ``touch``.
+        def load(self, index: int, /) -> IndexEntry:
+            """Return the entry of bitmap *index*.
 
+            Whoever changes it in place, before anything else happens, sets its ``dirty`` and the store's ``changed``.
             May make room for it, which changes the transaction: for calls that change something.
             """
 
-        def read(self, index: int) -> IndexEntry:
+        def read(self, index: int, /) -> IndexEntry:
             """Return the entry of bitmap *index*, changing nothing whatsoever."""
 
-        def save(self, index: int, entry: IndexEntry) -> None:
-            """Replace the entry of bitmap *index*."""
-
-        def touch(self, index: int) -> None:
-            """Say that the entry that ``load`` returned was changed in place.  Nothing may have happened between."""
+        def save(self, entry: IndexEntry) -> None:
+            """Replace the entry of a bitmap."""
 
         def commit(self) -> int:
             """Write what changed; return the index block or the root of the tree."""
@@ -55,15 +54,36 @@ if TYPE_CHECKING:
             """Make the present state the last commit's."""
 
 
-IndexEntry = list[int]
-"""``[blocknr, nr_free, none_free_before]`` of one bitmap; see docs/format.md, "Index entry"."""
-BLOCKNR, NR_FREE, NONE_FREE_BEFORE = range(3)
+class IndexEntry:
+    """Where bitmap *index* is, and what is known of it without looking; see docs/format.md, "Index entry".
+
+    ``dirty`` is for an index that is written entry by entry: changed since that was last done.
+    """
+
+    __slots__ = ("blocknr", "dirty", "index", "none_free_before", "nr_free")
+
+    def __init__(self, index: int, blocknr: int, nr_free: int, none_free_before: int) -> None:
+        self.index = index
+        self.blocknr = blocknr
+        self.nr_free = nr_free
+        self.none_free_before = none_free_before
+        self.dirty = False
+
+    def copy(self) -> IndexEntry:
+        """Return another object with the same content."""
+        return IndexEntry(self.index, self.blocknr, self.nr_free, self.none_free_before)
+
+    def pack(self) -> bytes:
+        """Return the entry as it stands on disk."""
+        return INDEX_ENTRY.pack(self.blocknr, self.nr_free, self.none_free_before)
+
 
 # The two bits of an entry as they stand in their byte: the high bit of the count is the lower one.
 _FREE, _TWO, _ONE, _MANY = range(4)
 _ALL_ONE = _ONE * 0b01010101
 _COUNTS = (0, 2, 1, OVERFLOW_COUNT)
 _CODES = (_FREE, _ONE, _TWO, _MANY)
+_MASK_32_BITS = 0xFFFFFFFF
 
 _IS_BUSY = [bytes(1 if byte >> shift & 3 else 0 for byte in range(256)) for shift in (0, 2, 4, 6)]
 """For each entry of a byte, a translation from the byte to whether that entry is in use."""
@@ -91,6 +111,7 @@ class BitmapCounts:
     ) -> None:
         self.tm = tm
         self.index = index
+        self._load = index.load
         self.nr_blocks = nr_blocks
         self.nr_allocated = nr_allocated
         self.ref_count_root = ref_count_root
@@ -121,7 +142,7 @@ class BitmapCounts:
         """Return the two bits of *block* as they stand in the bitmap."""
         self.check_range(block, block + 1)
         index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        blocknr = self.index.read(index)[BLOCKNR]
+        blocknr = self.index.read(index).blocknr
         buffer = self._peek(blocknr)
         if buffer is not None and buffer.aux is not None and buffer.aux.validator is BITMAP:
             buffer.referenced = self._client.epoch
@@ -136,7 +157,7 @@ class BitmapCounts:
         view = self._last_bitmap
         if view is None or index != self._last_index or view.buffer.aux is not view or not 0 <= block < self.nr_blocks:
             self.check_range(block, block + 1)
-            view = self.tm.read_block(self.index.read(index)[BLOCKNR], BITMAP)
+            view = self.tm.read_block(self.index.read(index).blocknr, BITMAP)
             # It stays the right one for as long as it is cached: a bitmap that is shadowed is moved, never copied.
             self._last_bitmap = view
             self._last_index = index
@@ -172,11 +193,11 @@ class BitmapCounts:
         index, bit = divmod(begin, ENTRIES_PER_BITMAP)
         count = nr_bitmaps(self.nr_blocks)
         while index < count:
-            entry = self.index.load(index)
-            if entry[NR_FREE]:
+            entry = self._load(index)
+            if entry.nr_free:
                 if index != self._busy_index:
-                    self._make_busy(index, entry[BLOCKNR])
-                first = entry[NONE_FREE_BEFORE]
+                    self._make_busy(index, entry.blocknr)
+                first = entry.none_free_before
                 found = self._busy.find(0, bit if bit > first else first)
                 if found >= 0:
                     return index * ENTRIES_PER_BITMAP + found
@@ -213,81 +234,86 @@ class BitmapCounts:
     def swap(self, block: int, begin: int) -> int:
         """Find a free block from *begin* on, give it a reference, and take the only one of *block*.
 
-        Only if all of that stays within one bitmap that can be changed in place; else nothing is done and -1 returned.
-        This is ``find_common_free``, ``inc_one`` and ``dec_one`` in one, for the block that every shadowing replaces.
+        Only if all of that needs no other block at all and no other bitmap than the one under the cursor is searched;
+        else nothing is done and -1 returned.  This is ``find_common_free``, ``inc_one`` and ``dec_one`` in one, for the
+        block that every shadowing replaces: one of the last commit, so that nobody can be given it before the next.
         """
-        index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        if index != self._busy_index or index != begin // ENTRIES_PER_BITMAP:
+        new_index = begin // ENTRIES_PER_BITMAP
+        if new_index != self._busy_index or block >= self.nr_blocks:
             return -1
-        entry = self.index.load(index)
-        if entry[0] not in self._exclusive or not entry[1]:
+        exclusive = self._exclusive
+        new_entry = self._load(new_index)
+        if new_entry.blocknr not in exclusive or not new_entry.nr_free:
             return -1
-        buffer = self._peek(entry[0])
-        if buffer is None:
+        new_buffer = self._peek(new_entry.blocknr)
+        index = block // ENTRIES_PER_BITMAP
+        if index == new_index:
+            entry, buffer = new_entry, new_buffer
+        else:
+            entry = self._load(index)
+            if entry.blocknr not in exclusive:
+                return -1
+            buffer = self._peek(entry.blocknr)
+        if buffer is None or new_buffer is None:
             return -1
         data = buffer.data
+        bit = block - index * ENTRIES_PER_BITMAP
         at = BITMAP_HEADER_SIZE + (bit >> 2)
         shift = (bit & 3) * 2
-        if data[at] >> shift & 3 != _ONE:
+        byte = data[at]
+        if byte >> shift & 3 != _ONE:
             return -1
-        first = entry[2]
-        start = begin - index * ENTRIES_PER_BITMAP
-        found = self._busy.find(0, start if start > first else first)
-        if found < 0:
+        first = new_entry.none_free_before
+        start = begin - new_index * ENTRIES_PER_BITMAP
+        new_bit = self._busy.find(0, start if start > first else first)
+        if new_bit < 0:
             return -1
-        # One more and one less: nr_allocated and nr_free stay as they are.
-        data[BITMAP_HEADER_SIZE + (found >> 2)] |= _ONE << (found & 3) * 2
-        self._busy[found] = 1
-        if first == found:
-            first += 1
-        data[at] &= ~(3 << shift)
-        self._busy[bit] = self._old_busy[bit]
-        entry[2] = bit if bit < first else first
-        self.index.touch(index)
-        buffer.referenced = self._client.epoch
+        data[at] = byte & ~(3 << shift)
+        new_buffer.data[BITMAP_HEADER_SIZE + (new_bit >> 2)] |= _ONE << (new_bit & 3) * 2
+        self._busy[new_bit] = 1
+        if first == new_bit:
+            new_entry.none_free_before = new_bit + 1
+        if bit < entry.none_free_before:
+            entry.none_free_before = bit
+        # One more and one less: nr_allocated stays as it is.
+        epoch = self._client.epoch
+        if index != new_index:
+            new_entry.nr_free -= 1
+            new_entry.dirty = True
+            entry.nr_free = entry.nr_free + 1 & _MASK_32_BITS
+            new_buffer.referenced = epoch
+            if not new_buffer.dirty:
+                self._client.mark_dirty(new_buffer)
+        entry.dirty = True
+        self.index.changed = True
+        buffer.referenced = epoch
         if not buffer.dirty:
             self._client.mark_dirty(buffer)
-        return index * ENTRIES_PER_BITMAP + found
-
-    def has_one_reference_in_place(self, block: int) -> bool:
-        """Tell whether the count of *block* is one and could be changed without another block."""
-        if block >= self.nr_blocks:
-            return False
-        index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        blocknr = self.index.load(index)[0]
-        if blocknr not in self._exclusive:
-            return False
-        buffer = self._peek(blocknr)
-        return buffer is not None and buffer.data[BITMAP_HEADER_SIZE + (bit >> 2)] >> (bit & 3) * 2 & 3 == _ONE
+        return new_index * ENTRIES_PER_BITMAP + new_bit
 
     def inc_one(self, block: int) -> bool:
         """Add a reference to *block* if that needs no other block at all; False if it does, with nothing done."""
-        index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        store = self.index
-        entry = store.load(index)
-        if entry[0] not in self._exclusive or block >= self.nr_blocks:
+        index = block // ENTRIES_PER_BITMAP
+        entry = self._load(index)
+        if entry.blocknr not in self._exclusive or block >= self.nr_blocks:
             return False
-        buffer = self._peek(entry[0])
+        buffer = self._peek(entry.blocknr)
         if buffer is None:
             return False
         data = buffer.data
+        bit = block - index * ENTRIES_PER_BITMAP
         at = BITMAP_HEADER_SIZE + (bit >> 2)
         shift = (bit & 3) * 2
         byte = data[at]
         code = byte >> shift & 3
         if code == _FREE:
-            self.nr_allocated += 1
-            entry[1] = entry[1] - 1 & 0xFFFFFFFF
-            if entry[2] == bit:
-                entry[2] = bit + 1
-            if index == self._busy_index:
-                self._busy[bit] = 1
+            self._took(bit, entry)
             data[at] = byte | _ONE << shift
         elif code == _ONE:
             data[at] = byte ^ 3 << shift
         else:
             return False
-        store.touch(index)
+        entry.dirty = self.index.changed = True
         buffer.referenced = self._client.epoch
         if not buffer.dirty:
             self._client.mark_dirty(buffer)
@@ -295,32 +321,27 @@ class BitmapCounts:
 
     def dec_one(self, block: int) -> bool:
         """Take a reference from *block* if that needs no other block at all; False if it does, with nothing done."""
-        index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        store = self.index
-        entry = store.load(index)
-        if entry[0] not in self._exclusive or block >= self.nr_blocks:
+        index = block // ENTRIES_PER_BITMAP
+        entry = self._load(index)
+        if entry.blocknr not in self._exclusive or block >= self.nr_blocks:
             return False
-        buffer = self._peek(entry[0])
+        buffer = self._peek(entry.blocknr)
         if buffer is None:
             return False
         data = buffer.data
+        bit = block - index * ENTRIES_PER_BITMAP
         at = BITMAP_HEADER_SIZE + (bit >> 2)
         shift = (bit & 3) * 2
         byte = data[at]
         code = byte >> shift & 3
         if code == _ONE:
-            self.nr_allocated -= 1
-            entry[1] = entry[1] + 1 & 0xFFFFFFFF
-            if bit < entry[2]:
-                entry[2] = bit
-            if index == self._busy_index:
-                self._busy[bit] = self._old_busy[bit]
+            self._gave_back(bit, entry)
             data[at] = byte & ~(3 << shift)
         elif code == _TWO:
             data[at] = byte ^ 3 << shift
         else:
             return False
-        store.touch(index)
+        entry.dirty = self.index.changed = True
         buffer.referenced = self._client.epoch
         if not buffer.dirty:
             self._client.mark_dirty(buffer)
@@ -348,13 +369,13 @@ class BitmapCounts:
             begin = chunk_end
 
     def _shadow_bitmap(self, entry: IndexEntry) -> memoryview:
-        view, _ = self.tm.shadow_block(entry[BLOCKNR], BITMAP)
-        entry[BLOCKNR] = view.block
+        view, _ = self.tm.shadow_block(entry.blocknr, BITMAP)
+        entry.blocknr = view.block
         return view.data
 
     def _inc_chunk(self, index: int, bit: int, end: int) -> None:
         # A copy: searches made by allocations in here must still see the entry as it was.
-        entry = list(self.index.load(index))
+        entry = self._load(index).copy()
         data = self._shadow_bitmap(entry)
         whole = self._whole_bytes(data, bit, end, _FREE)
         leaf: Node | None = None
@@ -365,9 +386,9 @@ class BitmapCounts:
                     count // 4
                 )
                 self.nr_allocated += count
-                entry[NR_FREE] = entry[NR_FREE] - count & 0xFFFFFFFF
-                if bit <= entry[NONE_FREE_BEFORE] < whole[1]:
-                    entry[NONE_FREE_BEFORE] = whole[1]
+                entry.nr_free = entry.nr_free - count & _MASK_32_BITS
+                if bit <= entry.none_free_before < whole[1]:
+                    entry.none_free_before = whole[1]
                 if index == self._busy_index:
                     self._busy[bit : whole[1]] = b"\1" * count
                 bit = whole[1]
@@ -378,7 +399,7 @@ class BitmapCounts:
             block = index * ENTRIES_PER_BITMAP + bit
             if code == _FREE:
                 data[at] |= _ONE << shift
-                self._took(index, bit, entry)
+                self._took(bit, entry)
             elif code == _ONE:
                 data[at] ^= 3 << shift
             elif code == _TWO:
@@ -389,10 +410,10 @@ class BitmapCounts:
                 leaf = self._overflow_leaf(block, leaf)
                 self._add_to_overflow(leaf, block, 1)
             bit += 1
-        self.index.save(index, entry)
+        self.index.save(entry)
 
     def _dec_chunk(self, index: int, bit: int, end: int) -> None:
-        entry = list(self.index.load(index))
+        entry = self._load(index).copy()
         data = self._shadow_bitmap(entry)
         whole = self._whole_bytes(data, bit, end, _ALL_ONE)
         leaf: Node | None = None
@@ -401,8 +422,8 @@ class BitmapCounts:
                 count = whole[1] - bit
                 data[BITMAP_HEADER_SIZE + bit // 4 : BITMAP_HEADER_SIZE + whole[1] // 4] = bytes(count // 4)
                 self.nr_allocated -= count
-                entry[NR_FREE] = entry[NR_FREE] + count & 0xFFFFFFFF
-                entry[NONE_FREE_BEFORE] = min(entry[NONE_FREE_BEFORE], bit)
+                entry.nr_free = entry.nr_free + count & _MASK_32_BITS
+                entry.none_free_before = min(entry.none_free_before, bit)
                 if index == self._busy_index:
                     self._busy[bit : whole[1]] = self._old_busy[bit : whole[1]]
                 bit = whole[1]
@@ -415,7 +436,7 @@ class BitmapCounts:
                 raise InvalidArgument(f"block {block} has no reference to give up")
             if code == _ONE:
                 data[at] &= ~(3 << shift)
-                self._gave_back(index, bit, entry)
+                self._gave_back(bit, entry)
             elif code == _TWO:
                 data[at] ^= 3 << shift
             else:
@@ -425,13 +446,13 @@ class BitmapCounts:
                     self._remove_overflow(block)
                     data[at] ^= (_MANY ^ _TWO) << shift
             bit += 1
-        self.index.save(index, entry)
+        self.index.save(entry)
 
     def set_count(self, block: int, count: int) -> None:
         """Give *block* a count, whatever it had; :raises InvalidArgument: the block is beyond the map."""
         self.check_range(block, block + 1)
         index, bit = divmod(block, ENTRIES_PER_BITMAP)
-        entry = list(self.index.load(index))
+        entry = self._load(index).copy()
         data = self._shadow_bitmap(entry)
         at = BITMAP_HEADER_SIZE + (bit >> 2)
         shift = (bit & 3) * 2
@@ -442,26 +463,26 @@ class BitmapCounts:
         elif old == _MANY:
             self._remove_overflow(block)
         if count and old == _FREE:
-            self._took(index, bit, entry)
+            self._took(bit, entry)
         elif not count and old != _FREE:
-            self._gave_back(index, bit, entry)
-        self.index.save(index, entry)
+            self._gave_back(bit, entry)
+        self.index.save(entry)
 
-    def _took(self, index: int, bit: int, entry: IndexEntry) -> None:
+    def _took(self, bit: int, entry: IndexEntry) -> None:
         self.nr_allocated += 1
-        entry[NR_FREE] = entry[NR_FREE] - 1 & 0xFFFFFFFF
-        if entry[NONE_FREE_BEFORE] == bit:
-            entry[NONE_FREE_BEFORE] = bit + 1
-        if index == self._busy_index:
+        entry.nr_free = entry.nr_free - 1 & _MASK_32_BITS
+        if entry.none_free_before == bit:
+            entry.none_free_before = bit + 1
+        if entry.index == self._busy_index:
             self._busy[bit] = 1
 
-    def _gave_back(self, index: int, bit: int, entry: IndexEntry) -> None:
+    def _gave_back(self, bit: int, entry: IndexEntry) -> None:
         self.nr_allocated -= 1
-        if index == self._busy_index:
+        entry.nr_free = entry.nr_free + 1 & _MASK_32_BITS
+        if bit < entry.none_free_before:
+            entry.none_free_before = bit
+        if entry.index == self._busy_index:
             self._busy[bit] = self._old_busy[bit]
-        entry[NR_FREE] = entry[NR_FREE] + 1 & 0xFFFFFFFF
-        if bit < entry[NONE_FREE_BEFORE]:
-            entry[NONE_FREE_BEFORE] = bit
 
     def _whole_bytes(self, data: memoryview, bit: int, end: int, value: int) -> tuple[int, int] | None:
         """Return the part of ``[bit, end)`` that fills whole bytes, if each of these bytes is *value*."""
@@ -507,7 +528,7 @@ class BitmapCounts:
         for index in range(old_count, nr_bitmaps(self.nr_blocks)):
             self.tm.bm.begin_operation()
             bitmap = self.tm.new_block(BITMAP)
-            self.index.save(index, [bitmap.block, ENTRIES_PER_BITMAP, 0])
+            self.index.save(IndexEntry(index, bitmap.block, ENTRIES_PER_BITMAP, 0))
 
     def commit(self) -> None:
         """Write the index if it changed."""

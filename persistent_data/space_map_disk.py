@@ -11,22 +11,13 @@ from persistent_data.btree import BTree
 from persistent_data.btree_spine import ValueType
 from persistent_data.errors import CorruptMetadata, InvalidArgument, KeyNotFound, NoFreeBlock
 from persistent_data.layout import INDEX_ENTRY, REF_COUNT_VALUE, SPACE_MAP_ROOT
-from persistent_data.space_map_common import BLOCKNR, BitmapCounts, IndexEntry
+from persistent_data.space_map_common import BitmapCounts, IndexEntry
 
 if TYPE_CHECKING:
     from persistent_data.transaction_manager import TransactionManager
 
 _NR_SLOTS = 64
 _GOLDEN_PRIME = 4294967291
-
-
-class _Slot:
-    __slots__ = ("dirty", "entry", "index")
-
-    def __init__(self, index: int, entry: IndexEntry, dirty: bool) -> None:
-        self.index = index
-        self.entry = entry
-        self.dirty = dirty
 
 
 class IndexTree:
@@ -37,60 +28,53 @@ class IndexTree:
 
     def __init__(self, tm: TransactionManager, root: int) -> None:
         self._tree = BTree(tm, [ValueType(INDEX_ENTRY.size)])
-        self._slots: list[_Slot | None] = [None] * _NR_SLOTS
+        self._slots: list[IndexEntry | None] = [None] * _NR_SLOTS
         self.root = root
         self._old_root = root
         self.changed = False
 
-    def load(self, index: int) -> IndexEntry:
+    def load(self, index: int, /) -> IndexEntry:
         number = index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS
-        slot = self._slots[number]
-        if slot is not None:
-            if slot.index == index:
-                return slot.entry
-            if slot.dirty:
-                self._write_back(slot)
-        entry = self._lookup(self.root, index)
-        self._slots[number] = _Slot(index, entry, dirty=False)
+        entry = self._slots[number]
+        if entry is not None:
+            if entry.index == index:
+                return entry
+            if entry.dirty:
+                self._write_back(entry)
+        entry = self._slots[number] = self._lookup(self.root, index)
         return entry
 
-    def read(self, index: int) -> IndexEntry:
-        slot = self._slots[index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS]
-        return slot.entry if slot is not None and slot.index == index else self._lookup(self.root, index)
+    def read(self, index: int, /) -> IndexEntry:
+        entry = self._slots[index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS]
+        return entry if entry is not None and entry.index == index else self._lookup(self.root, index)
 
-    def save(self, index: int, entry: IndexEntry) -> None:
+    def save(self, entry: IndexEntry) -> None:
         self.changed = True
-        number = index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS
-        slot = self._slots[number]
-        if slot is not None and slot.index != index and slot.dirty:
-            self._write_back(slot)
-        self._slots[number] = _Slot(index, entry, dirty=True)
-
-    def touch(self, index: int) -> None:
-        self.changed = True
-        slot = self._slots[index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS]
-        assert slot is not None
-        assert slot.index == index
-        slot.dirty = True
+        number = entry.index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS
+        other = self._slots[number]
+        if other is not None and other.index != entry.index and other.dirty:
+            self._write_back(other)
+        entry.dirty = True
+        self._slots[number] = entry
 
     def commit(self) -> int:
         if self.changed:
-            for slot in self._slots:
-                if slot is not None and slot.dirty:
-                    self._write_back(slot)
+            for entry in self._slots:
+                if entry is not None and entry.dirty:
+                    self._write_back(entry)
             self.changed = False
         return self.root
 
     def committed_bitmap(self, index: int) -> int:
-        return self._lookup(self._old_root, index)[BLOCKNR]
+        return self._lookup(self._old_root, index).blocknr
 
     def note_commit(self) -> None:
         self._old_root = self.root
 
-    def _write_back(self, slot: _Slot) -> None:
-        # Clean first: the insertion below may come back here for another slot, never for this one again.
-        slot.dirty = False
-        self.root = self._tree.insert(self.root, [slot.index], INDEX_ENTRY.pack(*slot.entry))
+    def _write_back(self, entry: IndexEntry) -> None:
+        # Clean first: the insertion below may come back here for another entry, never for this one again.
+        entry.dirty = False
+        self.root = self._tree.insert(self.root, [entry.index], entry.pack())
 
     def _lookup(self, root: int, index: int) -> IndexEntry:
         try:
@@ -100,7 +84,7 @@ class IndexTree:
                 root, f"bitmap {index} is missing from the index of the data space map", number=22
             ) from None
         assert isinstance(value, bytes)
-        return list(INDEX_ENTRY.unpack(value))
+        return IndexEntry(index, *INDEX_ENTRY.unpack(value))
 
 
 class DiskSpaceMap:

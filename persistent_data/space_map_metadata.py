@@ -26,7 +26,7 @@ from persistent_data.layout import (
     REF_COUNT_VALUE,
     SPACE_MAP_ROOT,
 )
-from persistent_data.space_map_common import BLOCKNR, BitmapCounts, IndexEntry, nr_bitmaps
+from persistent_data.space_map_common import BitmapCounts, IndexEntry, nr_bitmaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,8 +43,9 @@ class IndexBlock:
         self._tm = tm
         self.root = root
         self._entries = entries
-        self._old_bitmaps = [entry[BLOCKNR] for entry in entries]
+        self._old_bitmaps = [entry.blocknr for entry in entries]
         self.changed = False
+        self.load = self.read = self._entries.__getitem__
 
     @classmethod
     def create(cls, tm: TransactionManager) -> IndexBlock:
@@ -55,27 +56,19 @@ class IndexBlock:
     def open(cls, tm: TransactionManager, root: int, nr_entries: int) -> IndexBlock:
         """Read the first *nr_entries* entries of block *root*."""
         data = tm.read_block(root, METADATA_INDEX).data[INDEX_HEADER_SIZE:]
-        entries = [list(entry) for entry in INDEX_ENTRY.iter_unpack(data[: nr_entries * INDEX_ENTRY.size])]
-        return cls(tm, root, entries)
+        fields = INDEX_ENTRY.iter_unpack(data[: nr_entries * INDEX_ENTRY.size])
+        return cls(tm, root, [IndexEntry(index, *entry) for index, entry in enumerate(fields)])
 
-    def load(self, index: int) -> IndexEntry:
-        return self._entries[index]
-
-    read = load
-
-    def save(self, index: int, entry: IndexEntry) -> None:
+    def save(self, entry: IndexEntry) -> None:
         self.changed = True
-        self._entries[index : index + 1] = [entry]
-
-    def touch(self, index: int) -> None:
-        self.changed = True
+        self._entries[entry.index : entry.index + 1] = [entry]
 
     def commit(self) -> int:
         if self.changed:
             view, _ = self._tm.shadow_block(self.root, METADATA_INDEX)
             # Only now: shadowing the block has changed counts, and with them entries.
             self.root = view.block
-            packed = b"".join(INDEX_ENTRY.pack(*entry) for entry in self._entries)
+            packed = b"".join(entry.pack() for entry in self._entries)
             view.data[INDEX_HEADER_SIZE : INDEX_HEADER_SIZE + len(packed)] = packed
             self.changed = False
         return self.root
@@ -84,7 +77,7 @@ class IndexBlock:
         return self._old_bitmaps[index]
 
     def note_commit(self) -> None:
-        self._old_bitmaps = [entry[BLOCKNR] for entry in self._entries]
+        self._old_bitmaps = [entry.blocknr for entry in self._entries]
 
 
 class MetadataSpaceMap:
@@ -231,22 +224,16 @@ class MetadataSpaceMap:
     def replace(self, block: int) -> int | None:
         """Allocate a block and drop the only reference to *block*, or do nothing at all and return None.
 
-        None means that *block* is shared, or that some count cannot be changed in place.  Otherwise the effect is that
-        of ``more_than_one``, ``new_block`` and ``dec`` one after the other.
+        *block* was in use at the last commit.
 
-        :raises NoFreeMetadataBlock: metadata space is exhausted
+        None means that *block* is shared, or that it is not as easy as that.  Otherwise the effect is that of
+        ``more_than_one``, ``new_block`` and ``dec`` one after the other.
         """
         if self._busy or self._bootstrapping:
             return None
-        counts = self._counts
-        new = counts.swap(block, self._begin)
+        new = self._counts.swap(block, self._begin)
         if new < 0:
-            if not counts.has_one_reference_in_place(block):
-                return None
-            new = self._find_free()
-            if not counts.inc_one(new):
-                return None
-            counts.dec_one(block)
+            return None
         self._begin = new + 1
         self._taken += 1
         if self._threshold is not None:

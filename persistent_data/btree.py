@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from persistent_data.btree_insert import make_room, split_beneath
 from persistent_data.btree_node import BTREE_NODE, FIRST_SLOT, WORD_VALUE_SIZE, Node, Value
-from persistent_data.btree_remove import rebalance_children
+from persistent_data.btree_remove import even_out_leaves, rebalance_children
 from persistent_data.btree_spine import KEY_LIMIT, LEVELS, MAX_LEVELS, ReadSpine, ShadowSpine, ValueType
 from persistent_data.errors import CorruptMetadata, InvalidArgument, KeyNotFound
 from persistent_data.layout import LEAF_NODE
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from persistent_data.transaction_manager import NonBlockingTransactionManager, TransactionManager
+
+
+Place = tuple[Node, int, Node | None, int]
+"""A leaf and the index of an entry in it, its parent and the index of the leaf in that.
+
+No parent is named where one of the nodes above has to be looked at before an entry may be removed.
+"""
 
 
 class Finger:
@@ -331,6 +338,7 @@ class BTree:
                     owner.set_child(owner_index, top)
             if node.nr_entries == node.max_entries and not (node.is_leaf and node.contains(key)):
                 unchanged = False
+                spine.settled.clear()
                 if parent is None:
                     node = split_beneath(spine, node)
                 else:
@@ -402,9 +410,49 @@ class BTree:
         self._drop(leaf, index)
         return root
 
-    def remove_from_subtree(self, root: int, key: int) -> int:
-        """As :meth:`remove` on a tree of the last level, for a key that the caller knows to be there."""
-        leaf, index, root = self._descend_one_level(root, key, self._last_type, None, 0, exact=True)
+    def find_place(self, root: int, key: int) -> Place | None:
+        """Find *key* in a tree of the last level, for :meth:`remove_at`; None if it is not there.  Changes nothing."""
+        spine = self.spine
+        peek = self._tm.bm.peek
+        epoch = self._tm.bm.client.epoch
+        parent: Node | None = None
+        at = 0
+        block = root
+        if root in self._tm.exclusive:
+            for _ in LEVELS:
+                buffer = peek(block)
+                if buffer is None or buffer.aux.__class__ is not Node:
+                    break
+                buffer.referenced = epoch
+                node: Node = buffer.aux
+                words = node.words
+                slot = bisect_right(words, key, FIRST_SLOT, node.end) - 1
+                if slot < FIRST_SLOT:
+                    break
+                if node.is_leaf:
+                    if words[slot] != key or node.value_size != self._last_type.size:
+                        break
+                    return node, slot - FIRST_SLOT, parent, at
+                if parent is not None and block not in spine.settled:
+                    break
+                parent, at = node, slot - FIRST_SLOT
+                block = words[slot + node.max_entries]
+        found = self.find(root, key)
+        return None if found is None else (found[0], found[1] - FIRST_SLOT, None, 0)
+
+    def remove_at(self, root: int, key: int, place: Place) -> int:
+        """As :meth:`remove` on a tree of the last level; *place* is where :meth:`find_place` has just found the key."""
+        leaf, index, parent, at = place
+        moved = None
+        if parent is not None:
+            # Above the leaves next to the key, going down from the root would change nothing.
+            if not parent.buffer.dirty:
+                self._tm.bm.client.mark_dirty(parent.buffer)
+            moved = even_out_leaves(self.spine, parent, at, index, self._last_type)
+        if moved is not None:
+            leaf, index = moved
+        else:
+            leaf, index, root = self._descend_one_level(root, key, self._last_type, None, 0, exact=True)
         self._drop(leaf, index)
         return root
 
@@ -471,10 +519,15 @@ class BTree:
         top = node.block
         if owner is not None:
             owner.set_child(owner_index, top)
+        parent: Node | None = None
+        at = 0
         for _ in LEVELS:
             above = True
             if not node.is_leaf:
+                nr_before = node.nr_entries
                 node, above = rebalance_children(spine, node, key, value_type)
+                if parent is not None and node.nr_entries != nr_before:
+                    spine.unsettle(parent, at)
             index = node.lower_bound(key)
             if node.is_leaf:
                 if exact and (index < 0 or node.key(index) != key):
@@ -482,6 +535,7 @@ class BTree:
                 return node, index, top
             if index < 0 or not above:
                 raise _Stopped(top, key)
+            parent, at = node, index
             node = spine.shadow_child(node, index, value_type)
         raise CorruptMetadata(top, f"tree has more than {MAX_LEVELS} levels: a node must be below itself")
 

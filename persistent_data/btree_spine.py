@@ -188,6 +188,8 @@ class ShadowSpine(ReadSpine):
     def __init__(self, tm: TransactionManager) -> None:
         super().__init__(tm)
         self._exclusive = tm.exclusive
+        self._move_to_new_block = tm.move_to_new_block
+        self.settled = tm.settled
 
     def shadow(self, block: int, value_type: ValueType) -> Node:
         """Return a version of node *block* that may be changed, with a reference added to all that a copy refers to.
@@ -213,7 +215,7 @@ class ShadowSpine(ReadSpine):
                 if not buffer.dirty:
                     self._client.mark_dirty(buffer)
                 return buffer.aux
-            if self._tm.move_to_new_block(buffer):
+            if self._move_to_new_block(buffer):
                 parent.words[slot] = buffer.block_number
                 return buffer.aux
         node, was_shared = cast("tuple[Node, bool]", self._tm.shadow_block(block, BTREE_NODE))
@@ -224,20 +226,35 @@ class ShadowSpine(ReadSpine):
 
     def shadow_children(self, parent: Node, index: int, count: int, value_type: ValueType) -> list[Node]:
         """Shadow *count* children of *parent* from *index* on, left to right."""
+        words = parent.words
         first = FIRST_SLOT + parent.max_entries + index
-        epoch = self._client.epoch
+        client = self._client
+        epoch = client.epoch
         nodes = []
-        for at in range(count):
-            block = parent.words[first + at]
-            buffer = self._peek(block) if block in self._exclusive else None
-            if buffer is None or buffer.aux.__class__ is not Node:
-                nodes.append(self.shadow_child(parent, index + at, value_type))
-                continue
-            buffer.referenced = epoch
-            if not buffer.dirty:
-                self._client.mark_dirty(buffer)
-            nodes.append(buffer.aux)
+        for slot in range(first, first + count):
+            block = words[slot]
+            buffer = self._peek(block)
+            # As in shadow_child; written out because every removal does this for the three leaves around its key.
+            if buffer is not None and buffer.aux.__class__ is Node:
+                buffer.referenced = epoch
+                if block in self._exclusive:
+                    if not buffer.dirty:
+                        client.mark_dirty(buffer)
+                    nodes.append(buffer.aux)
+                    continue
+                if self._move_to_new_block(buffer):
+                    words[slot] = buffer.block_number
+                    nodes.append(buffer.aux)
+                    continue
+            nodes.append(self.shadow_child(parent, index + slot - first, value_type))
         return nodes
+
+    def unsettle(self, parent: Node, index: int) -> None:
+        """Note that child *index* of *parent*, and perhaps those next to it, have more or fewer entries than before.
+
+        Whether they and those next to them share their entries as they should is open again.
+        """
+        self.settled.difference_update(parent.children()[max(index - 2, 0) : index + 3])
 
     def shadow_root(self, block: int, value_type: ValueType) -> Node:
         """Shadow the root of a tree with values of that type."""

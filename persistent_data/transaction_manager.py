@@ -41,6 +41,14 @@ class TransactionManager:
 
         Whoever adds a reference to a metadata block does so through this class, which takes it out of here.
         """
+        self.settled: set[int] = set()
+        """Internal btree nodes that a removal may enter without looking at those next to them.
+
+        They and the siblings next to them are exclusive and share their entries as a removal would have them do.
+        Filled by :func:`~persistent_data.btree_remove.rebalance_children`; whoever changes the number of entries of an
+        internal node takes out what that touches (``ShadowSpine.unsettle``).  Kept here because it ends where
+        ``exclusive`` does.
+        """
 
     # Blocks
 
@@ -117,19 +125,23 @@ class TransactionManager:
     def inc(self, block: int) -> None:
         """Add a reference to one metadata block."""
         self.exclusive.discard(block)
+        self.settled.clear()
         self.sm.inc(block, block + 1)
 
     def dec(self, block: int) -> None:
         """Take a reference from one metadata block."""
+        self.settled.discard(block)
         self.sm.dec(block, block + 1)
 
     def inc_range(self, begin: int, end: int) -> None:
         """Add a reference to each block of ``[begin, end)``."""
         self.exclusive.difference_update(range(begin, end))
+        self.settled.clear()
         self.sm.inc(begin, end)
 
     def dec_range(self, begin: int, end: int) -> None:
         """Take a reference from each block of ``[begin, end)``."""
+        self.settled.clear()
         self.sm.dec(begin, end)
 
     def inc_blocks(self, blocks: Iterable[int]) -> None:
@@ -155,6 +167,7 @@ class TransactionManager:
     def forget_exclusive(self) -> None:
         """Look at every block's count again before it is changed in place: the block manager's mode has changed."""
         self.exclusive.clear()
+        self.settled.clear()
 
     def pre_commit(self) -> None:
         """First phase of a commit: write the space map, and put everything but the superblock on the device."""
@@ -165,6 +178,7 @@ class TransactionManager:
         """Second phase: put the superblock (dirty, the only block that is) on the device.  The transaction is over."""
         self._shadows.clear()
         self.exclusive.clear()
+        self.settled.clear()
         self._client.mark_dirty(superblock.buffer)
         self.bm.flush()
 

@@ -556,18 +556,18 @@ class ThinDevice:
                 self._refuse_change()
             pool._in_service = True
             storage = pool._storage
-            storage.bm.begin_operation()
+            pool._client.epoch += 1
             root = handle.root if handle.root_generation == pool._generation else pool._mapping_root(handle)
             tree = storage.trees.mappings
             try:
-                found = tree.find(root, block)
+                place = tree.find_place(root, block)
             except OSError as error:
                 raise from_below(error) from error
-            if found is None:
+            if place is None:
                 raise NotMapped(f"thin block {block} of device {handle.dev} is not mapped")
             try:
                 if handle.path_generation == pool._generation:
-                    handle.root = tree.remove_from_subtree(root, block)
+                    handle.root = tree.remove_at(root, block, place)
                     handle.finger.leaf = None
                 else:
                     pool._root = storage.trees.info.remove(pool._root, [handle.dev, block])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tests.support.cache_script import ScriptError, ScriptFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable, Sequence
 
 
 def pattern(seed: str, length: int) -> bytes:
@@ -26,7 +26,7 @@ class BlockModel:
     __slots__ = ("device", "dirty", "shown", "undefined", "unmarked")
 
     def __init__(self, content: bytes) -> None:
-        self.shown: Collection[bytes] = (content,)
+        self.shown: tuple[bytes, ...] = (content,)
         self.device = [content]
         self.dirty = False
         self.undefined = False
@@ -38,7 +38,7 @@ class BlockModel:
         """Return what the buffer shows."""
         if self.undefined or len(self.shown) > 1:
             raise ScriptError("the content of the block is not known: it must be filled or read first")
-        return next(iter(self.shown))
+        return self.shown[0]
 
     def written(self) -> None:
         """Note that the dirty content is on the device now."""
@@ -49,7 +49,7 @@ class BlockModel:
 
     def dropped(self) -> None:
         """Note that the buffer has left the cache: the next one shows what the device holds."""
-        self.shown = tuple(self.device)
+        self.shown = tuple(dict.fromkeys(self.device))
         self.dirty = False
         self.undefined = False
 
@@ -152,11 +152,7 @@ class DeviceModel:
             raise ScriptError("a block is released with changes that are not marked dirty")
         if not (model.dirty or model.undefined):
             # What was discarded while it was held shows the old content for as long as it stays cached.
-            model.shown = {*model.shown, *model.device}
-
-    def dirty_blocks(self) -> list[int]:
-        """Return the blocks whose newest content need not be on the device."""
-        return [block for block, model in self._blocks.items() if model.dirty]
+            model.shown = tuple(dict.fromkeys((*model.shown, *model.device)))
 
     def written(self, blocks: Iterable[int]) -> None:
         """Note that the dirty ones of *blocks* are on the device now."""
@@ -241,10 +237,10 @@ class DeviceModel:
         if not actual.startswith(memoryview(self._image)[begin:end], begin):
             raise ScriptFailure(f"bytes [{begin}..{end}] of the device have changed, though nobody wrote there")
 
-    def _compare(self, block: int, actual: bytes, possible: Collection[bytes], where: str) -> None:
+    def _compare(self, block: int, actual: bytes, possible: Sequence[bytes], where: str) -> None:
         if actual in possible:
             return
-        wanted = next(iter(possible))
+        wanted = possible[0]
         first = next((at for at, (a, b) in enumerate(zip(actual, wanted, strict=True)) if a != b))
         found, expected = self._name_of(actual, block), self._name_of(wanted, block)
         raise ScriptFailure(f"block {block}: {where} has {found} where {expected} is expected, from byte {first} on")

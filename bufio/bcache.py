@@ -10,7 +10,7 @@ from enum import IntFlag
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from bufio.core import WRITE_BACK_BATCH, CachedBlock, CachedDevice, Core, Stats
+from bufio.core import NO_EPOCH, USED, WRITE_BACK_BATCH, CachedBlock, CachedDevice, Core, Stats
 from bufio.errors import BlocksNotWritten, HoldError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ _SECTOR_BYTES = 512
 _MOST_PREFETCHES = 256
 _LOW_WATER_PERCENT = 33
 _HIGH_WATER_PERCENT = 66
-_NO_EPOCH = -1
-_USED = 1
 
 
 class GetFlags(IntFlag):
@@ -166,7 +164,7 @@ class Bcache:
                 counters.read_misses += missed
                 counters.read_hits += not missed
             if not missed:
-                block.referenced = _USED
+                block.referenced = USED
             block.holders.append(get_ident())
             return block
 
@@ -203,7 +201,7 @@ class Bcache:
             nr_available = self.nr_cache_blocks - len(self._core.dirty)
             if nr_available * 100 < _LOW_WATER_PERCENT * self.nr_cache_blocks:
                 wanted = _HIGH_WATER_PERCENT * self.nr_cache_blocks // 100 - nr_available
-                self._start_writing(self._core.oldest_dirty(wanted, _NO_EPOCH, again=False))
+                self._start_writing(self._core.oldest_dirty(wanted, NO_EPOCH, again=False))
 
     def prefetch(self, device: Device, index: int) -> None:
         """Start to read a block, if it is not cached and fewer than ``max_prefetches`` are on their way.
@@ -221,7 +219,7 @@ class Bcache:
             for index in range(max(0, begin), min(end, self._nr_blocks(home))):
                 if index in home.table or index in home.arriving:
                     continue
-                victim = None if core.spare else core.oldest_clean(_NO_EPOCH)
+                victim = None if core.spare else core.oldest_clean(NO_EPOCH)
                 if core.nr_reading >= self.max_prefetches or not (core.spare or victim):
                     break
                 block: Block = core.create(home, index) if victim is None else core.reuse(victim, home, index)
@@ -525,10 +523,10 @@ class Bcache:
         core = self._core
         if core.spare:
             return core.create(home, index)
-        victim = core.oldest_clean(_NO_EPOCH)
+        victim = core.oldest_clean(NO_EPOCH)
         if victim is not None:
             return core.reuse(victim, home, index)
-        batch = [] if core.nr_writing else core.oldest_dirty(WRITE_BACK_BATCH, _NO_EPOCH, again=False)
+        batch = [] if core.nr_writing else core.oldest_dirty(WRITE_BACK_BATCH, NO_EPOCH, again=False)
         if batch:
             self._start_writing(batch, waiting=True)
             return None

@@ -9,7 +9,7 @@ import errno
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from bufio.core import WRITE_BACK_BATCH, CachedBlock, CachedDevice, Core, Stats
+from bufio.core import NO_EPOCH, USED, WRITE_BACK_BATCH, CachedBlock, CachedDevice, Core, Stats
 from bufio.errors import HoldError
 from bufio.memory import parameters
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 _SECTOR_BYTES = 512
 _LEAST_BUFFERS = 8
-_NO_EPOCH = -1
-_USED = 1
-"""``referenced`` of a buffer used outside any epoch."""
 FIRST_EPOCH = 2
 _DIRTY_TO_CLEAN = 3
 """Write-back starts when there are this many times more dirty buffers than clean ones."""
@@ -130,7 +127,7 @@ class Client:
         For an owner that serialises all its own calls and brackets them in epochs: it must set ``buffer.referenced =
         client.epoch`` at once, and the buffer then stays where it is, unwritten, until the epoch is over.
         """
-        self.epoch = _NO_EPOCH
+        self.epoch = NO_EPOCH
         """The owner's present epoch, a number above 1 that the owner counts up; -1 when there is no such owner."""
         self.owner_lock: Lock | None = None
         """What that owner holds during its calls.  With it, buffers are evicted between them because of their age."""
@@ -144,6 +141,11 @@ class Client:
         """Whole blocks on the device, behind the sector offset, at this moment."""
         self._known_size = max(0, self.device.size_bytes - self._home.offset) // self.block_size
         return self._known_size
+
+    @property
+    def max_buffers(self) -> int:
+        """The most buffers there will be, at the present limit of memory."""
+        return self._limit
 
     def set_sector_offset(self, sectors: int) -> None:
         """Let block 0 begin at that sector (512 bytes) of the device.  Only while nothing is cached."""
@@ -181,13 +183,13 @@ class Client:
         It is left undone then: the next allocation, or the next look at ages, will see to it.
         """
         owner_lock = self.owner_lock
-        if self.epoch != _NO_EPOCH and (owner_lock is None or not owner_lock.acquire(blocking=False)):
+        if self.epoch != NO_EPOCH and (owner_lock is None or not owner_lock.acquire(blocking=False)):
             return
         try:
             with self._lock:
                 work()
         finally:
-            if self.epoch != _NO_EPOCH and owner_lock is not None:
+            if self.epoch != NO_EPOCH and owner_lock is not None:
                 owner_lock.release()
 
     @property
@@ -212,7 +214,7 @@ class Client:
             if buffer is None:
                 buffer = self._read_uncached(block)
             else:
-                buffer.referenced = buffer.referenced or _USED
+                buffer.referenced = buffer.referenced or USED
                 self._counters.hits += 1
             buffer.holders.append(get_ident())
             return buffer
@@ -224,7 +226,7 @@ class Client:
             if buffer is None:
                 return None
             buffer.holders.append(get_ident())
-            buffer.referenced = buffer.referenced or _USED
+            buffer.referenced = buffer.referenced or USED
             self._counters.hits += 1
             return buffer
 
@@ -461,7 +463,7 @@ class Client:
         buffer.block_number = new_block
         table[new_block] = buffer
         self._core.set_dirty(buffer, 0, self.block_size)
-        buffer.referenced = buffer.referenced or _USED
+        buffer.referenced = buffer.referenced or USED
 
     # Writing
 
@@ -657,7 +659,7 @@ class Client:
         if core.nr_writing:
             core.wait()
             return None
-        if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != _NO_EPOCH:
+        if core.nr_buffers < self._limit + self._reserved_buffers or self.epoch != NO_EPOCH:
             # What an owner borrows in one epoch may exceed the limit: there is nobody to wait for.
             return self._create(block)
         buffers = self._table.values()

@@ -44,6 +44,10 @@ BUFFER_OVERHEAD_BYTES = 1024
 WRITE_BACK_BATCH = 256
 """Dirty buffers written in one go under memory pressure, so that neighbours can be coalesced."""
 
+NO_EPOCH = -1
+USED = 1
+"""``referenced`` of a buffer used outside any epoch."""
+
 NEW = 0.0
 """``used_at`` of a buffer that was used since the last look at ages."""
 
@@ -491,7 +495,9 @@ class Core:
             raise
 
     def expect(self, buffer: CachedBlock) -> None:
-        """Note that a buffer in no list is arriving: :meth:`arrived` must follow."""
+        """Note that a buffer in no list is arriving, of which use will be made: :meth:`arrived` must follow."""
+        # Or what was used once already, and has the mark, would outlive what is still to be used.
+        buffer.referenced = USED
         buffer.home.arriving[buffer.block_number] = buffer
         self.nr_reading += 1
 

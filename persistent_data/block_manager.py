@@ -326,6 +326,11 @@ class BlockManager:
         """Read blocks ahead."""
         self.client.prefetch(block, count)
 
+    @property
+    def most_read_ahead(self) -> int:
+        """Blocks that may be read ahead without pushing out what was read ahead before."""
+        return self.client.max_buffers // 4
+
     def prefetch_all(self, blocks: Iterable[int]) -> None:
         """Read those of *blocks* ahead that are not cached, neighbours together."""
         first = end = -1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from persistent_data.btree_insert import make_room, split_beneath
 from persistent_data.btree_node import BTREE_NODE, FIRST_SLOT, WORD_VALUE_SIZE, Node, Value
 from persistent_data.btree_remove import even_out_leaves, rebalance_children
-from persistent_data.btree_spine import KEY_LIMIT, LEVELS, MAX_LEVELS, ReadSpine, ShadowSpine, ValueType
+from persistent_data.btree_spine import KEY_LIMIT, LEVELS, MAX_LEVELS, READ_AHEAD, ReadSpine, ShadowSpine, ValueType
 from persistent_data.errors import CorruptMetadata, InvalidArgument, KeyNotFound
 from persistent_data.layout import LEAF_NODE
 
@@ -80,7 +80,10 @@ class BTree:
             value_type = self._value_types[level]
             node = self.spine.root(block, value_type.size)
             if not node.is_leaf:
-                for child in node.children():
+                children = node.children()
+                for index, child in enumerate(children):
+                    if index % (READ_AHEAD // 2) == 0:
+                        self._read_ahead_to_delete(children, index)
                     self._delete(child, level, depth + 1)
             elif level + 1 < len(self._value_types):
                 for root in node.children():
@@ -90,6 +93,13 @@ class BTree:
             # Nothing read so far is needed any more.
             tm.bm.begin_operation()
         tm.dec(block)
+
+    def _read_ahead_to_delete(self, children: list[int], index: int) -> None:
+        """Start to read those of the next children that nobody else refers to: the others will not be read at all."""
+        half = READ_AHEAD // 2
+        ref = self._tm.ref
+        ahead = children[index + half if index else 0 : index + READ_AHEAD]
+        self._tm.bm.prefetch_all(child for child in ahead if ref(child) == 1)
 
     # Reading
 
@@ -150,10 +160,12 @@ class BTree:
         leaf, index, _ = found
         return leaf.key(index), leaf.value(index)
 
-    def leaf_from(self, root: int, key: int) -> tuple[Node, int, int] | None:
+    def leaf_from(self, root: int, key: int, end: int = 0) -> tuple[Node, int, int] | None:
         """Return the leaf with the smallest key not below *key*, that key's index, and a bound above the leaf's keys.
 
         For trees of one level, or the root of one on the last level.  None when there is no such key.
+
+        :param end: the caller walks up to this key: nodes on the way there are read ahead
         """
         spine = self.spine
         size = self._last_type.size
@@ -178,6 +190,8 @@ class BTree:
             if index + 1 < node.nr_entries:
                 turns = (node, index + 1, high)
                 high = node.key(index + 1)
+                if high < end:
+                    spine.read_ahead(node, index, end)
             node = spine.checked_child(node, index, size)
         raise CorruptMetadata(root, f"tree has more than {MAX_LEVELS} levels: a node must be below itself")
 
@@ -226,7 +240,7 @@ class BTree:
         """
         while key < KEY_LIMIT:
             self._tm.bm.begin_operation()
-            found = self.leaf_from(root, key)
+            found = self.leaf_from(root, key, KEY_LIMIT)
             if found is None:
                 return
             leaf, index, bound = found
@@ -560,7 +574,7 @@ class Cursor:
         self._load()
 
     def _load(self) -> None:
-        found = self._tree.leaf_from(self._root, self._bound) if self._bound < KEY_LIMIT else None
+        found = self._tree.leaf_from(self._root, self._bound, KEY_LIMIT) if self._bound < KEY_LIMIT else None
         self._at = 0
         self._entries = []
         if found is None:

@@ -29,6 +29,8 @@ MAX_LEVELS = 64
 LEVELS = (None,) * MAX_LEVELS
 """To iterate over, without making a range for each descent."""
 KEY_LIMIT = 1 << 64
+READ_AHEAD = 32
+"""Nodes that a walk asks for before it comes to them, and half as many that it keeps on their way."""
 
 
 class ValueType:
@@ -85,6 +87,16 @@ class ReadSpine:
             if not parent.checked_edges >> edge & 1:
                 self._check_edge(parent, edge, value_size)
         return self.child(parent, index, value_size)
+
+    def read_ahead(self, parent: Node, index: int, end: int) -> None:
+        """Start to read child *index* and what follows it, which a walk to key *end* (exclusive) will come to."""
+        bm = self._tm.bm
+        count = min(READ_AHEAD, bm.most_read_ahead)
+        last = min(index + count, parent.upper_bound(end) if end < KEY_LIMIT else parent.nr_entries) - 1
+        # Halfway, so that as many are on their way while the walk is busy with the others.
+        halfway = min(index + count // 2, last)
+        if halfway > index and self._peek(parent.child(halfway)) is None:
+            bm.prefetch_all(parent.child(at) for at in range(index, last + 1))
 
     def find(self, root: int, key: int, value_size: int) -> tuple[Node, int] | None:
         """Return the leaf that has *key*, and the key's slot; None if the tree does not have it.

@@ -10,6 +10,7 @@ import errno
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from persistent_data.btree_spine import READ_AHEAD
 from thinpool.errors import ThinError, from_below
 from thinpool.layout import TIME_BITS
 
@@ -125,14 +126,28 @@ def delta(left: ThinDevice, right: ThinDevice) -> Iterator[Difference]:
         yield pending
 
 
+def _read_ahead(left: _Side, right: _Side) -> None:
+    """Start to read the next subtrees that only one side has: what both have is not looked into."""
+    nexts = [{block for _, block, _ in side.subtrees[-READ_AHEAD:]} for side in (left, right)]
+    pool = left._device._pool
+    with pool._lock:
+        pool._start_query()
+        pool._storage.bm.prefetch_all(nexts[0] ^ nexts[1])
+
+
 def _differing_blocks(left: _Side, right: _Side) -> Iterator[Difference]:
+    nr_expanded = -1
     while True:
         if not left.entries and not right.entries and left.subtrees and right.subtrees:
             (low, block, height), (other_low, other_block, other_height) = left.subtrees[-1], right.subtrees[-1]
             if block == other_block:
                 left.subtrees.pop()
                 right.subtrees.pop()
-            elif height != other_height:
+                continue
+            nr_expanded += 1
+            if nr_expanded % (READ_AHEAD // 2) == 0:
+                _read_ahead(left, right)
+            if height != other_height:
                 (left if height > other_height else right).expand()
             else:
                 # Of two that begin at different keys the later one may still turn out to be shared.

@@ -368,7 +368,7 @@ class ThinDevice:
             tree = pool._storage.trees.mappings
             try:
                 while len(keys) < MAX_BATCH_LEAVES and begin < limit:
-                    found = tree.leaf_from(root, begin)
+                    found = tree.leaf_from(root, begin, limit)
                     if found is None:
                         begin = KEY_LIMIT
                         break
@@ -600,7 +600,7 @@ class ThinDevice:
                 removed = 0
                 while begin < end:
                     storage.bm.begin_operation()
-                    found = trees.mappings.leaf_from(root, begin)
+                    found = trees.mappings.leaf_from(root, begin, end)
                     if found is None:
                         break
                     leaf, at, _ = found

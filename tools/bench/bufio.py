@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bufio import AsyncEngine, Bcache, Client, FileDevice, MemoryDevice, SyncEngine
-from bufio.testing import FaultyDevice
 from tools.bench.compare import BLOCKS_PER_SECOND, MIB_PER_SECOND, NANOSECONDS, Goal, Row, report, rows_of
 from tools.bench.measure import Lap, Stopwatch, environment, interleave, one_core
+from tools.bench.slow_device import SlowDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -173,8 +173,7 @@ class Bench:
                 client.read(block).release()
                 bcache.get(device, block).put()
             contestants = {"Client": by_client, "Bcache": by_bcache, "locked dict": by_dict}
-            with one_core():
-                results = interleave(contestants, self.rounds)
+            results = interleave(contestants, self.rounds)
         goals = {("hit: get", "Client"): HIT_GOAL, ("hit: get, give back", "Client"): HIT_GOAL}
         return rows_of(results, "locked dict", NANOSECONDS, ["cpu"], goals)
 
@@ -204,8 +203,7 @@ class Bench:
             def by_pread() -> dict[str, Lap]:
                 return {name: _preads(device.fileno(), blocks) for name, blocks in orders.items()}
 
-            with one_core():
-                results = interleave({"Client": by_client, "os.pread": by_pread}, self.rounds)
+            results = interleave({"Client": by_client, "os.pread": by_pread}, self.rounds)
         goals = {(name, "Client"): MISS_GOAL for name in orders}
         return rows_of(results, "os.pread", NANOSECONDS, ["cpu", "wall"], goals)
 
@@ -265,26 +263,28 @@ class Bench:
 
     def latency(self) -> list[Row]:
         """Both engines on a device each of whose calls takes 100 microseconds longer."""
-        device = _slow(MemoryDevice(self.size_bytes))
+        device = SlowDevice(MemoryDevice(self.size_bytes), LATENCY_SECONDS)
         scattered = self.apart(LATENCY_BLOCKS)
+        in_order = range(len(scattered))
         ahead = f"random reads, {WINDOW} ahead"
         with ExitStack() as stack:
 
             def by_client(engine: Engine) -> Contestant:
-                client = stack.enter_context(
-                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=self.nr_blocks * BUFFER_BYTES)
+                # Half of what a lap reads fits in, so that it finds none of it, and evicts a block for each.
+                reader = stack.enter_context(
+                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=len(scattered) * BUFFER_BYTES // 4)
+                )
+                writer = stack.enter_context(
+                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=len(scattered) * BUFFER_BYTES)
                 )
 
                 def run() -> dict[str, Lap]:
-                    in_order = range(len(scattered))
-                    laps = {
-                        ahead: _read_ahead(client, scattered),
-                        f"sequential reads, {WINDOW} ahead": _read_ahead(client, in_order),
-                        f"sequential reads, {WINDOW} at once": _read_batches(client, in_order),
-                        "write-back of scattered blocks": _write_back(client, scattered),
+                    return {
+                        ahead: _read_ahead(reader, scattered),
+                        f"sequential reads, {WINDOW} ahead": _read_ahead(reader, in_order),
+                        f"sequential reads, {WINDOW} at once": _read_batches(reader, in_order),
+                        "write-back of scattered blocks": _write_back(writer, scattered),
                     }
-                    device.log.clear()
-                    return laps
 
                 return run
 
@@ -307,14 +307,17 @@ class Bench:
                 return []
 
             def by_client(engine: Engine) -> Contestant:
-                client = stack.enter_context(
-                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=self.nr_blocks * BUFFER_BYTES)
+                reader = stack.enter_context(
+                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=len(scattered) * BUFFER_BYTES // 4)
+                )
+                writer = stack.enter_context(
+                    Client(device, BLOCK_SIZE, engine=engine, cache_bytes=len(scattered) * BUFFER_BYTES)
                 )
 
                 def run() -> dict[str, Lap]:
                     return {
-                        f"O_DIRECT, random reads, {WINDOW} ahead": _read_ahead(client, scattered),
-                        "O_DIRECT, write-back of scattered blocks": _write_back(client, scattered),
+                        f"O_DIRECT, random reads, {WINDOW} ahead": _read_ahead(reader, scattered),
+                        "O_DIRECT, write-back of scattered blocks": _write_back(writer, scattered),
                     }
 
                 return run
@@ -338,13 +341,7 @@ class Bench:
                 path = self.directory / f"label-{number}.img"
                 path.write_bytes(os.urandom(LABEL_BLOCK_SECTORS * SECTOR_BYTES))
                 stack.callback(path.unlink)
-                devices.append(_slow(stack.enter_context(FileDevice(path, read_only=True))))
-
-            def forget(bcache: Bcache | None = None) -> None:
-                for device in devices:
-                    device.log.clear()
-                    if bcache is not None:
-                        bcache.invalidate_device(device)
+                devices.append(SlowDevice(stack.enter_context(FileDevice(path, read_only=True)), LATENCY_SECONDS))
 
             def by_bcache(engine: Engine) -> Contestant:
                 bcache = stack.enter_context(Bcache(LABEL_BLOCK_SECTORS, LABEL_DEVICES, engine))
@@ -356,7 +353,8 @@ class Bench:
                             bcache.prefetch(device, 0)
                         for device in devices:
                             bcache.get(device, 0).put()
-                    forget(bcache)
+                    for device in devices:
+                        bcache.invalidate_device(device)
                     return {"label scan": watch.lap(LABEL_DEVICES)}
 
                 return run
@@ -366,7 +364,6 @@ class Bench:
                 with watch.running():
                     for device in devices:
                         device.readinto(bytearray(LABEL_BLOCK_SECTORS * SECTOR_BYTES), 0)
-                forget()
                 return {"label scan": watch.lap(LABEL_DEVICES)}
 
             contestants = {
@@ -397,8 +394,7 @@ class Bench:
             def plain() -> dict[str, Lap]:
                 return {"random 4 KiB": _preads(device.fileno(), blocks)}
 
-            with one_core():
-                results = interleave({"SyncEngine": by_bcache, "plain reads": plain}, self.rounds)
+            results = interleave({"SyncEngine": by_bcache, "plain reads": plain}, self.rounds)
         return rows_of(results, "plain reads", BLOCKS_PER_SECOND, ["cpu"], {})
 
 
@@ -417,13 +413,6 @@ def _hits(pair: Stopwatch, alone: Stopwatch) -> dict[str, Lap]:
     return {"hit: get, give back": pair.lap(operations), "hit: get": alone.lap(operations)}
 
 
-def _slow(device: MemoryDevice | FileDevice) -> FaultyDevice[MemoryDevice | FileDevice]:
-    """The same device, with latency."""
-    slow = FaultyDevice(device)
-    slow.on("read", "write", "flush").delay(LATENCY_SECONDS)
-    return slow
-
-
 def _preads(fd: int, blocks: Sequence[int]) -> Lap:
     """Read *blocks* as plainly as Python can."""
     offsets = [block * BLOCK_SIZE for block in blocks]
@@ -436,7 +425,7 @@ def _preads(fd: int, blocks: Sequence[int]) -> Lap:
 
 
 def _read_ahead(client: Client, blocks: Sequence[int]) -> Lap:
-    """Read *blocks*, none of which is cached, and at each of them begin to read the one that many further on."""
+    """Read *blocks*, none of which is cached, and at each of them begin to read the one ``WINDOW`` further on."""
     watch = Stopwatch()
     with watch.running():
         for block in blocks[:WINDOW]:
@@ -445,7 +434,6 @@ def _read_ahead(client: Client, blocks: Sequence[int]) -> Lap:
             if number + WINDOW < len(blocks):
                 client.prefetch(blocks[number + WINDOW])
             client.read(block).release()
-    client.reset()
     return watch.lap(len(blocks))
 
 
@@ -458,12 +446,11 @@ def _read_batches(client: Client, blocks: range) -> Lap:
             if block % WINDOW == 0:
                 client.prefetch(block + WINDOW, min(WINDOW, max(0, blocks.stop - block - WINDOW)))
             client.read(block).release()
-    client.reset()
     return watch.lap(len(blocks))
 
 
 def _write_back(client: Client, blocks: Sequence[int]) -> Lap:
-    """Change *blocks*, none of which is cached, outside the clock, and write them."""
+    """Change *blocks* outside the clock, and write them."""
     for block in blocks:
         buffer = client.new(block)
         buffer.mark_dirty()
@@ -471,7 +458,6 @@ def _write_back(client: Client, blocks: Sequence[int]) -> Lap:
     watch = Stopwatch()
     with watch.running():
         client.write_dirty_buffers()
-    client.reset()
     return watch.lap(len(blocks))
 
 
@@ -487,6 +473,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, help="for files (default: that of the system for temporary ones)")
+    parser.add_argument("--all-cores", action="store_true", help="let threads run on any core, not all on the same")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, an object and line per row")
     return parser.parse_args(argv)
 
@@ -496,7 +483,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     facts = environment([])
     lines = []
-    with tempfile.TemporaryDirectory(prefix="bufio-bench-", dir=options.dir) as directory:
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bufio-bench-", dir=options.dir))
+        if not options.all_cores:
+            stack.enter_context(one_core())
         print("\n".join(f"{key}: {value}" for key, value in facts.items()))
         print(f"median of {options.rounds} interleaved rounds, {options.size} MiB, in {Path(directory).parent}\n")
         bench = Bench(options.rounds, options.size * MIB, Path(directory), options.seed)

@@ -373,7 +373,8 @@ class Bcache:
         :raises ValueError: a negative offset or length
         """
         self._check_range(device, offset, length)
-        self._prefetch_range(device, offset // self.block_size, -(-(offset + length) // self.block_size))
+        if length:
+            self._prefetch_range(device, offset // self.block_size, -(-(offset + length) // self.block_size))
 
     def read_bytes(self, device: Device, offset: int, length: int) -> bytes:
         """Return *length* bytes from byte *offset* on.

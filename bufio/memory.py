@@ -36,17 +36,30 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 
 class _Map:
-    """One anonymous map, cut into views of equal size."""
+    """One anonymous map, from which views of equal size are cut as they are needed."""
 
-    __slots__ = ("free", "nr_views")
+    __slots__ = ("_end", "_view_bytes", "_whole", "free", "nr_taken")
 
     def __init__(self, view_bytes: int) -> None:
         size = max(_MAP_BYTES, view_bytes)
-        whole = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self.free = [whole[at : at + view_bytes] for at in range(0, size - view_bytes + 1, view_bytes)]
-        # They are taken from the end: what is taken, and later written, one after the other lies so in memory.
-        self.free.reverse()
-        self.nr_views = len(self.free)
+        self._whole = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._view_bytes = view_bytes
+        self._end = 0
+        self.free: list[memoryview] = []
+        self.nr_taken = 0
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self.free) or self._end + self._view_bytes <= self._whole.nbytes
+
+    def take(self) -> memoryview:
+        self.nr_taken += 1
+        if self.free:
+            return self.free.pop()
+        # Ascending: what is taken, and later written, one after the other lies so in memory.
+        begin = self._end
+        self._end += self._view_bytes
+        return self._whole[begin : self._end]
 
 
 class Slab:
@@ -62,8 +75,8 @@ class Slab:
         if not self._with_room:
             self._with_room.append(_Map(self._view_bytes))
         owner = self._with_room[-1]
-        view = owner.free.pop()
-        if not owner.free:
+        view = owner.take()
+        if not owner.has_room:
             self._with_room.pop()
         self._owner[id(view)] = owner
         return view
@@ -71,10 +84,11 @@ class Slab:
     def give_back(self, view: memoryview) -> None:
         """Take a view back.  All but one of the maps that are not in use at all are returned to the system."""
         owner = self._owner.pop(id(view))
-        if not owner.free:
+        if not owner.has_room:
             self._with_room.append(owner)
         owner.free.append(view)
-        if len(owner.free) == owner.nr_views and len(self._with_room) > 1:
+        owner.nr_taken -= 1
+        if not owner.nr_taken and len(self._with_room) > 1:
             self._with_room.remove(owner)
 
 

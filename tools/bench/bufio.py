@@ -43,7 +43,6 @@ BUFFER_BYTES = (
 
 HIT_BLOCKS = 1024
 HIT_PASSES = 16
-SMALL_CACHE_BYTES = MIB
 LATENCY_SECONDS = 100e-6
 LATENCY_BLOCKS = 512
 WINDOW = 32  # blocks read ahead
@@ -178,33 +177,38 @@ class Bench:
         return rows_of(results, "locked dict", NANOSECONDS, ["cpu"], goals)
 
     def miss(self) -> list[Row]:
-        """Blocks that are not cached, of a file in the page cache."""
+        """Blocks that are not cached, of a file in the page cache, by a small cache and by a large one."""
         orders = {
             "miss, sequential": list(range(self.nr_blocks)),
             "miss, random": random.Random(self.seed).sample(range(self.nr_blocks), self.nr_blocks),
         }
-        with (
-            FileDevice(self.file(), read_only=True) as device,
-            Client(device, BLOCK_SIZE, cache_bytes=SMALL_CACHE_BYTES) as client,
-        ):
+        with FileDevice(self.file(), read_only=True) as device, ExitStack() as stack:
 
-            def by_client() -> dict[str, Lap]:
-                laps = {}
-                for name, blocks in orders.items():
-                    read = client.read
-                    watch = Stopwatch()
-                    with watch.running():
-                        for block in blocks:
-                            read(block).release()
-                    laps[name] = watch.lap(len(blocks))
-                    client.reset()
-                return laps
+            def by_client(cache_bytes: int) -> Contestant:
+                client = stack.enter_context(Client(device, BLOCK_SIZE, cache_bytes=cache_bytes))
+
+                def run() -> dict[str, Lap]:
+                    laps = {}
+                    for name, blocks in orders.items():
+                        read = client.read
+                        watch = Stopwatch()
+                        with watch.running():
+                            for block in blocks:
+                                read(block).release()
+                        laps[name] = watch.lap(len(blocks))
+                    return laps
+
+                return run
 
             def by_pread() -> dict[str, Lap]:
                 return {name: _preads(device.fileno(), blocks) for name, blocks in orders.items()}
 
-            results = interleave({"Client": by_client, "os.pread": by_pread}, self.rounds)
-        goals = {(name, "Client"): MISS_GOAL for name in orders}
+            caches = {
+                f"Client of {cache_bytes // MIB} MiB": by_client(cache_bytes)
+                for cache_bytes in (MIB, self.size_bytes // 4)
+            }
+            results = interleave(caches | {"os.pread": by_pread}, self.rounds)
+        goals = {(order, cache): MISS_GOAL for order in orders for cache in caches}
         return rows_of(results, "os.pread", NANOSECONDS, ["cpu", "wall"], goals)
 
     def write(self) -> list[Row]:

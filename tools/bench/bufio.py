@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 SECTOR_BYTES = 512
 BLOCK_SIZE = 4096  # bytes
-BUFFER_BYTES = (
-    2 * BLOCK_SIZE
-)  # of a client's memory for each block that shall fit: a buffer counts for more than its data
+BUFFER_BYTES = 2 * BLOCK_SIZE  # of a client's memory for each block that shall fit, bookkeeping included
 
 HIT_BLOCKS = 1024
 HIT_PASSES = 16
@@ -203,10 +201,7 @@ class Bench:
             def by_pread() -> dict[str, Lap]:
                 return {name: _preads(device.fileno(), blocks) for name, blocks in orders.items()}
 
-            caches = {
-                f"Client of {cache_bytes // MIB} MiB": by_client(cache_bytes)
-                for cache_bytes in (MIB, self.size_bytes // 4)
-            }
+            caches = {"Client, 1 MiB": by_client(MIB), "Client, size / 4": by_client(self.size_bytes // 4)}
             results = interleave(caches | {"os.pread": by_pread}, self.rounds)
         goals = {(order, cache): MISS_GOAL for order in orders for cache in caches}
         return rows_of(results, "os.pread", NANOSECONDS, ["cpu", "wall"], goals)

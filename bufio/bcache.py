@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any, Self
 
-    from bufio.core import WriteBack
     from bufio.device import Device, ReadableBuffer
     from bufio.engine import Engine
 
@@ -134,11 +133,12 @@ class Bcache:
         :raises WouldDeadlock: every block is held, and by nobody but those who wait for one
         """
         with self._lock:
-            home = self._home_of(device)
             counters = self._counters
             block: Block | None = None
             missed = False
             while block is None:
+                # Each time: what is waited for may be that the device is given up.
+                home = self._home_of(device)
                 block = home.table.get(index)
                 if block is not None:
                     self._refuse_conflict(block, flags)
@@ -216,7 +216,7 @@ class Bcache:
             home = self._home_of(device)
             core = self._core
             fresh: list[CachedBlock] = []
-            for index in range(max(0, begin), min(end, self._nr_blocks(home))):
+            for index in range(max(0, begin), min(end, home.nr_blocks)):
                 if index in home.table or index in home.arriving:
                     continue
                 victim = None if core.spare else core.oldest_clean(NO_EPOCH)
@@ -268,16 +268,16 @@ class Bcache:
             # Dirtied again before a transfer that was on its way already had ended.
             left = [block for block in in_flight if block.dirty and block.write_error is None]
 
-    def _start_writing(self, blocks: list[CachedBlock], *, waiting: bool = False) -> list[WriteBack]:
+    def _start_writing(self, blocks: list[CachedBlock], *, waiting: bool = False) -> None:
         by_device: dict[CachedDevice, list[CachedBlock]] = {}
         for block in blocks:
             by_device.setdefault(block.home, []).append(block)
         # Only the last one may do its share in this thread: the others shall be on their way by then.
         last = len(by_device) - 1
-        return [
-            self._core.start_write_back(home, batch, waiting=waiting and number == last)
-            for number, (home, batch) in enumerate(by_device.items())
-        ]
+        for number, (home, batch) in enumerate(by_device.items()):
+            # The lock is given up for each device: others may have got blocks of the next one, or its memory.
+            still = [block for block in batch if block.home is home and not block.holders]
+            self._core.start_write_back(home, still, waiting=waiting and number == last)
 
     def _left_dirty(self, blocks: Iterable[CachedBlock]) -> tuple[list[Block], list[Block]]:
         """Return the dirty blocks that are in error, and those that are held."""
@@ -320,7 +320,7 @@ class Bcache:
         with self._lock:
             held = self._invalidate(home, list(home.table))
             if not (home.table or home.arriving):
-                self._core.devices.pop(device, None)
+                self._forget_device(home)
             return not held
 
     def _invalidate(self, home: CachedDevice, indexes: list[int]) -> list[Block]:
@@ -357,7 +357,13 @@ class Bcache:
                 raise HoldError(f"{device.name} is aborted while blocks {held} are held")
             for block in list(home.table.values()):
                 self._core.destroy(block)
-            del self._core.devices[device]
+            self._forget_device(home)
+
+    def _forget_device(self, home: CachedDevice) -> None:
+        """Forget a device of which nothing is cached, unless another thread has done so, and maybe more, already."""
+        if self._core.devices.get(home.device) is home:
+            del self._core.devices[home.device]
+        self._core.notify()
 
     def _settle(self, home: CachedDevice) -> None:
         """Wait until nothing of a device is on its way."""
@@ -447,7 +453,7 @@ class Bcache:
             raise ValueError(f"{length} bytes at byte {offset} are no range")
         with self._lock:
             home = self._home_of(device)
-            size = home.device.size_bytes
+            size = home.nr_blocks * self.block_size if home.end_bytes is None else home.end_bytes
         if offset + length > size:
             raise OSError(errno.EIO, f"{length} bytes at byte {offset} lie beyond the end ({size} bytes)", device.name)
 
@@ -495,19 +501,15 @@ class Bcache:
         if home is None:
             home = CachedDevice(device, self)
             size = device.size_bytes
+            # The last block may be cut short.
+            home.nr_blocks = -(-size // self.block_size)
             home.end_bytes = size if size % self.block_size else None
             self._core.devices[device] = home
         return home
 
-    def _nr_blocks(self, home: CachedDevice) -> int:
-        """Blocks on the device, the last of which may be cut short."""
-        size = home.device.size_bytes if home.end_bytes is None else home.end_bytes
-        return -(-size // self.block_size)
-
     def _check_index(self, home: CachedDevice, index: int) -> None:
-        nr_blocks = self._nr_blocks(home)
-        if not 0 <= index < nr_blocks:
-            raise OSError(errno.EIO, f"block {index} is beyond the end ({nr_blocks} blocks)", home.device.name)
+        if not 0 <= index < home.nr_blocks:
+            raise OSError(errno.EIO, f"block {index} is beyond the end ({home.nr_blocks} blocks)", home.device.name)
 
     def _zero_tail(self, block: Block) -> None:
         """Zero what lies beyond the end of the device, which will not be read."""

@@ -117,7 +117,6 @@ class Client:
         self._aux_size = aux_size
         self._alloc_callback = alloc_callback
         self._minimum_buffers = 0
-        self._known_size = 0
         self._cache_bytes = cache_bytes
         self._ageing = False
         self._closed = False
@@ -139,8 +138,8 @@ class Client:
     @property
     def device_size(self) -> int:
         """Whole blocks on the device, behind the sector offset, at this moment."""
-        self._known_size = max(0, self.device.size_bytes - self._home.offset) // self.block_size
-        return self._known_size
+        self._home.nr_blocks = max(0, self.device.size_bytes - self._home.offset) // self.block_size
+        return self._home.nr_blocks
 
     @property
     def max_buffers(self) -> int:
@@ -153,7 +152,7 @@ class Client:
             if self._table or self._home.arriving:
                 raise HoldError("the sector offset cannot change while blocks are cached")
             self._home.offset = sectors * _SECTOR_BYTES
-            self._known_size = 0
+            self._home.nr_blocks = 0
 
     def set_minimum_buffers(self, n: int) -> None:
         """Keep room for at least *n* buffers, whatever the limit of memory says."""
@@ -162,8 +161,9 @@ class Client:
 
     def limit_changed(self) -> None:
         """Recompute how many buffers there may be, and evict clean ones that are too many."""
-        share = parameters.share_bytes() if self._cache_bytes is None else self._cache_bytes
         with self._lock:
+            # Within the lock: of several changes at a time, the last one to come here sees them all.
+            share = parameters.share_bytes() if self._cache_bytes is None else self._cache_bytes
             self._limit = max(share // self._core.buffer_bytes, self._minimum_buffers, _LEAST_BUFFERS)
             self._threshold = self._limit - self._limit // 8
         self._between_epochs(self._trim)
@@ -285,8 +285,10 @@ class Client:
                     raise error
             else:
                 # The size of the device is asked for only if it could matter.
-                if not (0 <= block < self._known_size or 0 <= block < self.device_size):
-                    raise OSError(errno.EIO, f"block {block} is beyond the end ({self._known_size} blocks)", self.name)
+                if not (0 <= block < self._home.nr_blocks or 0 <= block < self.device_size):
+                    raise OSError(
+                        errno.EIO, f"block {block} is beyond the end ({self._home.nr_blocks} blocks)", self.name
+                    )
                 fresh = self._allocate(block)
                 if fresh is not None:
                     self._counters.misses += 1
@@ -306,7 +308,7 @@ class Client:
             self._require_open()
             fresh: list[CachedBlock] = []
             end = block + n_blocks
-            if end > self._known_size:
+            if end > self._home.nr_blocks:
                 end = min(end, self.device_size)
             try:
                 self._create_absent(range(max(0, block), end), fresh)
@@ -369,6 +371,7 @@ class Client:
                 if len(buffer.holders) == 1:
                     buffer.holders.clear()
                     self._rekey(buffer, new_block)
+                    self._core.notify()
                     return
                 # The others keep the buffer, so the new block gets one of its own, for which readers have to wait.
                 target = self._allocate(new_block)
@@ -486,7 +489,7 @@ class Client:
         with self._lock:
             pending = list(core.dirty)
             while pending:
-                in_flight = [buffer for buffer in pending if buffer.writing is not None]
+                in_flight = [buffer for buffer in pending if buffer.writing is not None] if core.nr_writing else []
                 core.write_back(home, pending)
                 while any(buffer.writing is not None for buffer in in_flight):
                     core.wait()
@@ -545,9 +548,12 @@ class Client:
         return [number for number in range(block, block + n) if number in self._table]
 
     def drop_buffers(self) -> None:
-        """Write what is dirty, then forget every buffer that is not held."""
+        """Write what is dirty, then forget every buffer that is not held, or was changed meanwhile."""
         self.write_dirty_buffers()
-        self.reset()
+        with self._lock:
+            for buffer in list(self._table.values()):
+                if not buffer.dirty:
+                    self._drop(buffer)
 
     def reset(self) -> None:
         """Drop every unheld buffer without writing it, and any write error that was not reported yet.
@@ -573,20 +579,25 @@ class Client:
         :raises HoldError: a buffer is still held (the message names the blocks); the client stays usable
         :raises OSError: something could not be written; the client is closed all the same
         """
-        if self._closed:
-            return
-        with self._lock:
-            held = sorted(number for number, buffer in self._table.items() if buffer.holders)
-            if held:
-                raise HoldError(f"closed while blocks {held} are held")
-            while self._core.nr_writing:
-                self._core.wait()
-            dirty = bool(self._core.dirty) or self._home.write_error is not None
         try:
-            if dirty:
+            while not self._closed:
+                with self._lock:
+                    held = sorted(number for number, buffer in self._table.items() if buffer.holders)
+                    if held:
+                        raise HoldError(f"closed while blocks {held} are held")
+                    while self._core.nr_writing:
+                        self._core.wait()
+                    if not self._core.dirty and self._home.write_error is None:
+                        # From here on nobody can change anything.
+                        self._closed = True
+                        break
                 self.write_dirty_buffers()
+        except OSError:
+            self._closed = True
+            raise
         finally:
-            self.discard_all()
+            if self._closed:
+                self.discard_all()
 
     def discard_all(self) -> None:
         """Free everything without writing.  For an owner that gives its changes up."""

@@ -7,9 +7,9 @@ write and to wait, and what an error means, is the policy of the interface on to
 
 Unless a method says otherwise, its caller holds ``core.lock``.
 
-The LRU lists are dictionaries in order of use with a second chance: a hit only sets ``referenced``, and eviction, which
-goes from the oldest on, passes over a referenced buffer once.  That keeps a hit cheap, at the price of an approximate
-order.
+The LRU lists are dictionaries in order of arrival with a second chance: a hit only sets ``referenced``, and eviction,
+which goes round from the oldest on, passes over a referenced buffer once.  That keeps a hit cheap, at the price of an
+approximate order.
 
 ``referenced`` is a number: zero, or the value of ``client.epoch`` at the last use.  A buffer used in the present epoch
 is never evicted or written early, see :attr:`bufio.Client.peek`.
@@ -154,7 +154,18 @@ class CachedDevice:
     :param prepare: called, without the lock, just before a dirty buffer is written
     """
 
-    __slots__ = ("arriving", "device", "end_bytes", "offset", "owner", "prepare", "table", "unflushed", "write_error")
+    __slots__ = (
+        "arriving",
+        "device",
+        "end_bytes",
+        "nr_blocks",
+        "offset",
+        "owner",
+        "prepare",
+        "table",
+        "unflushed",
+        "write_error",
+    )
 
     def __init__(
         self, device: Device, owner: Any, offset: int = 0, prepare: Callable[[Any], None] | None = None
@@ -163,6 +174,8 @@ class CachedDevice:
         self.owner = owner
         self.offset = offset
         self.prepare = prepare
+        self.nr_blocks = 0
+        """Blocks on the device when it was last looked at."""
         self.end_bytes: int | None = None
         """Where the last block of the device is cut short, None where it is not."""
         # Any: each interface knows what its blocks are, and the core does not care.
@@ -177,27 +190,36 @@ class CachedDevice:
 class WriteBack:
     """Some dirty buffers of one device on their way there."""
 
-    __slots__ = ("_batch", "_core", "_home", "failed", "remaining")
+    __slots__ = ("_batch", "_core", "_gate", "_home", "failed", "numbers", "remaining")
 
     def __init__(self, core: Core, home: CachedDevice, batch: list[CachedBlock]) -> None:
         self._core = core
         self._home = home
         self._batch = batch
+        self.numbers = [buffer.block_number for buffer in batch]
         self.remaining = len(batch)
+        self._gate: threading.Lock | None = None
+        """What whoever began this waits for."""
         self.failed: list[CachedBlock] = []
         """Those that could not be written, and are dirty again."""
 
     def done(self, first: int, results: list[OSError | None]) -> None:
         """Take note of what became of the buffers from number *first* on.  Called **without** the lock."""
-        batch = self._batch if len(results) == len(self._batch) else self._batch[first : first + len(results)]
+        batch, numbers = self._batch, self.numbers
+        if len(results) != len(batch):
+            batch, numbers = batch[first : first + len(results)], numbers[first : first + len(results)]
         core = self._core
         with core.lock:
+            # Not before: a flush that comes while they are on their way does not cover them.
+            self._home.unflushed.update(numbers)
             if any(results):
                 for buffer, error in zip(batch, results, strict=True):
                     if error is None:
                         self._written(buffer)
-                    else:
-                        self._not_written(buffer, error)
+                        continue
+                    self._not_written(buffer, error)
+                    if self._home.write_error is None:
+                        self._home.write_error = error
             elif core.dirty:
                 for buffer in batch:
                     self._written(buffer)
@@ -208,10 +230,26 @@ class WriteBack:
                     buffer.writing = None
             self.remaining -= len(batch)
             core.nr_writing -= len(batch)
+            if self._gate is not None and not self.remaining:
+                self._gate.release()
             core.notify()
 
+    def wait(self) -> None:
+        """Wait until all was reported.  Gives the lock up meanwhile."""
+        if not self.remaining:
+            return
+        self._gate = gate = threading.Lock()
+        gate.acquire()
+        core = self._core
+        core.counters.waits += 1
+        try:
+            core.lock.release()
+            gate.acquire()
+        finally:
+            core.lock.acquire()
+
     def abandon(self) -> None:
-        """Take note that what was not reported so far never will be."""
+        """Take note that what was not reported so far never will be: whoever wanted it knows from an exception."""
         for buffer in self._batch:
             if buffer.writing is self:
                 self._not_written(buffer, OSError(errno.EIO, "write was interrupted", self._home.device.name))
@@ -231,8 +269,6 @@ class WriteBack:
         self._core.clean.pop(buffer, None)
         self._core.dirty[buffer] = None
         buffer.writing = None
-        if self._home.write_error is None:
-            self._home.write_error = error
         self.failed.append(buffer)
 
 
@@ -261,9 +297,11 @@ class Core:
         """A part of a block was dirtied at some time: a look at each tells what there is to write."""
         self._changed = threading.Condition(self.lock)
         self._nr_waiting = 0
-        self._stuck: set[int] = set()
-        """Idents of the threads that wait for a hold to be given back."""
+        self._wanted: dict[int, list[CachedBlock]] = {}
+        """Ident of each thread that waits for a hold to be given back: the buffers of which it wants one."""
         self._gates: dict[CachedBlock, list[threading.Lock]] = {}
+        self._hand: list[CachedBlock] = []
+        """What was clean when the present round of eviction began and has not been looked at, the next one last."""
         self._slab = Slab(block_size)
         self._block_type = block_type
         self.spare: list[CachedBlock] = []
@@ -353,15 +391,19 @@ class Core:
     def oldest_clean(self, epoch: int) -> CachedBlock | None:
         """Return the clean buffer to evict next, None when every one is in use."""
         clean = self.clean
-        for _ in range(2 * len(clean)):
-            buffer = next(iter(clean))
-            if not buffer.referenced and not buffer.holders:
-                return buffer
-            if buffer.referenced != epoch:
-                buffer.referenced = 0
-                buffer.used_at = NEW
-            del clean[buffer]
-            clean[buffer] = None
+        # Two rounds: in the first one the marks of use may be all that stands in the way.
+        for _ in range(3):
+            hand = self._hand
+            while hand:
+                buffer = hand.pop()
+                if buffer not in clean:
+                    continue
+                if not buffer.referenced and not buffer.holders:
+                    return buffer
+                if buffer.referenced != epoch:
+                    buffer.referenced = 0
+                    buffer.used_at = NEW
+            self._hand = list(reversed(clean))
         return None
 
     def evict_one(self, epoch: int) -> bool:
@@ -378,6 +420,7 @@ class Core:
 
         A use is known only from the first look after it on: what was used since the last look is given the time *now*.
         """
+        self._hand.clear()
         for buffer in list(self.clean):
             if buffer.holders or buffer.referenced or buffer.used_at == NEW:
                 buffer.used_at = now
@@ -474,7 +517,8 @@ class Core:
 
         Gives the lock up meanwhile.  Those that cannot be read leave the cache, and whoever waits for them tries again.
         """
-        buffers.sort(key=_BLOCK_NUMBER)
+        if len(buffers) > 1:
+            buffers.sort(key=_BLOCK_NUMBER)
 
         def done(first: int, results: list[OSError | None]) -> None:
             with self.lock:
@@ -485,7 +529,11 @@ class Core:
         try:
             try:
                 self.lock.release()
-                extents = self._extents(home, buffers, [buffer.block_number for buffer in buffers])
+                if len(buffers) == 1:
+                    start = home.offset + buffers[0].block_number * self.block_size
+                    extents = [(start, [self._view(buffers[0])])]
+                else:
+                    extents = self._extents(home, buffers, [buffer.block_number for buffer in buffers])
                 self.engine.start_read(home.device, extents, done, waiting=waiting)
             finally:
                 self.lock.acquire()
@@ -519,8 +567,7 @@ class Core:
         if self._gates:
             for gate in self._gates.pop(buffer, ()):
                 gate.release()
-        if self._nr_waiting:
-            self._changed.notify_all()
+        self.notify()
 
     def cancel_reads(self, buffers: list[CachedBlock]) -> None:
         """Note that those of *buffers* that are arriving still will not."""
@@ -562,18 +609,16 @@ class Core:
         transfer = WriteBack(self, home, batch)
         if not batch:
             return transfer
-        numbers = [buffer.block_number for buffer in batch]
-        home.unflushed.update(numbers)
         self.nr_writing += len(batch)
         try:
             self._set_writing(batch, transfer)
+            extents, nr_bytes = self._dirty_extents(home, batch, transfer.numbers)
             try:
                 self.lock.release()
                 prepare = home.prepare
                 if prepare is not None:
                     for buffer in batch:
                         prepare(buffer)
-                extents, nr_bytes = self._dirty_extents(home, batch, numbers)
                 self.engine.start_write(home.device, extents, transfer.done, waiting=waiting)
             finally:
                 self.lock.acquire()
@@ -609,8 +654,7 @@ class Core:
     def write_back(self, home: CachedDevice, buffers: Iterable[CachedBlock]) -> list[CachedBlock]:
         """As :meth:`start_write_back`, and wait for the end.  Returns those that could not be written."""
         transfer = self.start_write_back(home, buffers, waiting=True)
-        while transfer.remaining:
-            self.wait()
+        transfer.wait()
         return transfer.failed
 
     def flush(self, home: CachedDevice) -> None:
@@ -672,27 +716,40 @@ class Core:
     def wait(self, wanted: Iterable[CachedBlock] = ()) -> None:
         """Wait until something changes.
 
-        :param wanted: what the caller waits for is a release of one of these; empty when it waits for a transfer
-        :raises WouldDeadlock: each of them is held by the calling thread, or by one that waits here as well
+        :param wanted: what the caller waits for is that one of these is not held any more; empty when it waits for a
+            transfer
+        :raises WouldDeadlock: that cannot happen: each of them has a holder that waits here as well, for the same
+            reason in vain, the calling thread being one of those
         """
         me = get_ident()
         held = [buffer for buffer in wanted if buffer.holders]
-        in_flight = self.nr_reading or self.nr_writing
-        if held and not in_flight:
-            stuck = self._stuck | {me}
-            if all(ident in stuck for buffer in held for ident in buffer.holders):
+        if held:
+            self._wanted[me] = held
+        try:
+            if held and not (self.nr_reading or self.nr_writing) and not self._can_go_on(me):
                 blocks = tuple(sorted(buffer.block_number for buffer in held))
                 name = held[0].home.device.name
                 raise WouldDeadlock(f"{name}: no buffer can be had, blocks {list(blocks)} are held by waiters", blocks)
-        self.counters.waits += 1
-        self._nr_waiting += 1
-        if held:
-            self._stuck.add(me)
-        try:
-            self._changed.wait()
+            self.counters.waits += 1
+            self._nr_waiting += 1
+            try:
+                self._changed.wait()
+            finally:
+                self._nr_waiting -= 1
         finally:
-            self._nr_waiting -= 1
-            self._stuck.discard(me)
+            self._wanted.pop(me, None)
+
+    def _can_go_on(self, thread: int) -> bool:
+        """Tell whether a thread that waits for a hold will get it, if everybody who does not wait goes on."""
+        stuck = set(self._wanted)
+        while thread in stuck:
+            freed = {
+                waiter for waiter in stuck if any(stuck.isdisjoint(buffer.holders) for buffer in self._wanted[waiter])
+            }
+            if not freed:
+                return False
+            stuck -= freed
+        return True
 
     def drop_hold(self, buffer: CachedBlock) -> None:
         """Give one hold back.
@@ -707,5 +764,5 @@ class Core:
         except ValueError:
             # Handed over by the thread that got it.
             holders.pop()
-        if not holders and self._nr_waiting:
-            self._changed.notify_all()
+        # Also when others hold it still: who waits for it may now wait for nobody but itself.
+        self.notify()

@@ -80,7 +80,8 @@ class Device(Protocol):
 _NBYTES = attrgetter("nbytes")
 
 
-def _nbytes(buffers: Sequence[ReadableBuffer]) -> int:
+def nbytes(buffers: Sequence[ReadableBuffer]) -> int:
+    """Return the bytes of all *buffers* together."""
     try:
         # What a cache transfers is views, and a megabyte of them is counted for each call.
         return sum(map(_NBYTES, buffers))
@@ -89,7 +90,12 @@ def _nbytes(buffers: Sequence[ReadableBuffer]) -> int:
 
 
 def transfer_whole(
-    call: Callable[[Sequence[Any], int], int], buffers: Sequence[ReadableBuffer], offset: int, verb: str, name: str
+    call: Callable[[Sequence[Any], int], int],
+    buffers: Sequence[ReadableBuffer],
+    length: int,
+    offset: int,
+    verb: str,
+    name: str,
 ) -> None:
     """Repeat a vectored *call* until all *buffers* are through.
 
@@ -97,14 +103,14 @@ def transfer_whole(
 
     :param call: moves bytes between the buffers and consecutive bytes at an offset; returns how many it moved, and
         raises what went wrong with the place in it.  It is never given more buffers than the system takes at once
+    :param length: bytes of all *buffers* together
     :param verb: ``read`` or ``write``, for the message
     :param name: what the message calls the device
     :raises OSError: EIO when *call* moves nothing although something is left, as it does at the end of a device
     """
     # Nearly every transfer is over after this, and then nothing has been built or copied.
-    first, rest = buffers[:_MAX_IOVECS], buffers[_MAX_IOVECS:]
-    done = call(first, offset)
-    missing = _nbytes(first) - done + _nbytes(rest)
+    done = call(buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], offset)
+    missing = length - done
     if not missing:
         return
     offset += done
@@ -214,7 +220,7 @@ class FileDevice:
             self.preadv([memoryview(buffer).cast("B")[done:]], offset + done)
 
     def preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> None:
-        transfer_whole(self._preadv, buffers, offset, "read", self.path)
+        transfer_whole(self._preadv, buffers, nbytes(buffers), offset, "read", self.path)
 
     def _preadv(self, buffers: Sequence[WritableBuffer], offset: int) -> int:
         try:
@@ -230,8 +236,9 @@ class FileDevice:
             self.pwritev([memoryview(data).cast("B")[done:]], offset + done)
 
     def pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> None:
-        self._check_end(offset + _nbytes(buffers), offset, "write")
-        transfer_whole(self._pwritev, buffers, offset, "write", self.path)
+        length = nbytes(buffers)
+        self._check_end(offset + length, offset, "write")
+        transfer_whole(self._pwritev, buffers, length, offset, "write", self.path)
 
     def _pwritev(self, buffers: Sequence[ReadableBuffer], offset: int) -> int:
         try:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     One = Callable[[WritableBuffer, int], None] | Callable[[ReadableBuffer, int], None]
     Many = Callable[[Sequence[WritableBuffer], int], None] | Callable[[Sequence[ReadableBuffer], int], None]
 
+    _Job = tuple[One, Many, Extent, int, Done]
+    """One extent on its way: the device's calls for one view and for several, where, and whom to tell what."""
+
     class Engine(Protocol):
         """Carries out transfers."""
 
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 MAX_COALESCED_BYTES = 1 << 20
 """One extent is at most this long."""
 
-DEFAULT_IN_FLIGHT = 16
+DEFAULT_IN_FLIGHT = 12
 """More threads than this cost more in hand-overs than they gain in overlap, see docs/performance.md."""
 
 _IDLE_SECONDS = 5.0
@@ -135,27 +138,17 @@ class SyncEngine:
         """Do nothing: there is nothing to give back."""
 
 
-class _Job:
-    """One extent on its way."""
-
-    __slots__ = ("done", "extent", "first", "many", "one")
-
-    def __init__(self, one: One, many: Many, extent: Extent, first: int, done: Done) -> None:
-        self.one = one
-        self.many = many
-        self.extent = extent
-        self.first = first
-        self.done = done
-
-    def run(self) -> None:
-        try:
-            results = _carry_out(self.one, self.many, self.extent)
-        except Exception as error:
-            # Nobody is there to catch it, and somebody may be waiting.
-            failure = OSError(errno.EIO, f"transfer at byte {self.extent[0]} failed: {error!r}")
-            failure.__cause__ = error
-            results = [failure] * len(self.extent[1])
-        self.done(self.first, results)
+def _run(job: _Job) -> None:
+    """Carry out a transfer in flight, and report it."""
+    one, many, extent, first, done = job
+    try:
+        results = _carry_out(one, many, extent)
+    except Exception as error:
+        # Nobody is there to catch it, and somebody may be waiting.
+        failure = OSError(errno.EIO, f"transfer at byte {extent[0]} failed: {error!r}")
+        failure.__cause__ = error
+        results = [failure] * len(extent[1])
+    done(first, results)
 
 
 class AsyncEngine:
@@ -175,10 +168,10 @@ class AsyncEngine:
         self.calls = 0
         self._jobs: deque[_Job] = deque()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
+        self._idle: list[threading.Lock] = []
+        """What each thread that has nothing to do waits for."""
         self._nr_threads = 0
-        self._nr_idle = 0
         self._closing = False
 
     def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
@@ -190,24 +183,30 @@ class AsyncEngine:
         self._start(device.pwrite, device.pwritev, extents, done, waiting)
 
     def _start(self, one: One, many: Many, extents: list[Extent], done: Done, waiting: bool) -> None:
-        jobs = []
+        jobs: list[_Job] = []
         first = 0
         for extent in extents:
-            jobs.append(_Job(one, many, extent, first, done))
+            jobs.append((one, many, extent, first, done))
             first += len(extent[1])
-        # Whoever waits does a share of the work: for a single transfer that saves the hand-over.
+        # Whoever waits does a share of the work: that saves hand-overs, for a single transfer the only one.
         own = jobs.pop() if waiting else None
         with self._lock:
-            missing = len(self._jobs) + len(jobs) - self._nr_idle
+            missing = len(self._jobs) + len(jobs) - len(self._idle)
             for _ in range(min(missing, self.max_in_flight - self._nr_threads)):
                 self._start_thread()
             self.calls += len(extents)
             # All or nothing: an interrupt must not leave a part of them behind that nobody knows of.
             self._jobs.extend(jobs)
-            if self._nr_idle:
-                self._work.notify(len(jobs))
-        if own is not None:
-            own.run()
+            for _ in range(min(len(jobs), len(self._idle))):
+                self._idle.pop().release()
+        while own is not None:
+            _run(own)
+            own = self._take_back(done)
+
+    def _take_back(self, done: Done) -> _Job | None:
+        """Return a transfer of the call that reports to *done*, if there is one that nobody has begun."""
+        with self._lock:
+            return self._jobs.pop() if self._jobs and self._jobs[-1][-1] is done else None
 
     def _start_thread(self) -> None:
         self._nr_threads += 1
@@ -220,40 +219,50 @@ class AsyncEngine:
                 raise
 
     def _serve(self) -> None:
-        with self._lock:
-            try:
-                while self._await_job():
-                    job = self._jobs.popleft()
-                    self._lock.release()
-                    try:
-                        job.run()
-                    finally:
-                        self._lock.acquire()
-            finally:
+        wake = threading.Lock()
+        wake.acquire()
+        try:
+            while (job := self._next_job(wake)) is not None:
+                _run(job)
+        finally:
+            with self._lock:
                 self._nr_threads -= 1
                 self._drained.notify_all()
 
-    def _await_job(self) -> bool:
-        """Wait for something to do; False when this thread is not needed any more."""
-        while not self._jobs:
-            self._nr_idle += 1
-            if self._nr_idle == self._nr_threads:
-                self._drained.notify_all()
-            try:
-                notified = not self._closing and self._work.wait(_IDLE_SECONDS)
-            finally:
-                self._nr_idle -= 1
-            if not notified and not self._jobs:
-                return False
-        return True
+    def _next_job(self, wake: threading.Lock) -> _Job | None:
+        """Wait for something to do; None when this thread is not needed any more.
+
+        A lock for each thread, and not a condition for all: it wakes the one that was busy last, and costs less.
+        """
+        while True:
+            with self._lock:
+                if self._jobs:
+                    return self._jobs.popleft()
+                if self._closing:
+                    return None
+                self._idle.append(wake)
+                if len(self._idle) == self._nr_threads:
+                    self._drained.notify_all()
+            if not wake.acquire(timeout=_IDLE_SECONDS):
+                with self._lock:
+                    if wake in self._idle:
+                        self._idle.remove(wake)
+                        return None
+                # Somebody was about to wake it all the same.
+                wake.acquire()
+
+    def _wake_all(self) -> None:
+        while self._idle:
+            self._idle.pop().release()
 
     def drain(self) -> None:
         """Wait until nothing is in flight."""
         with self._lock:
-            self._work.notify_all()
-            while self._jobs or self._nr_idle < self._nr_threads:
-                if self._jobs and not self._nr_threads:
-                    self._start_thread()
+            while self._jobs or len(self._idle) < self._nr_threads:
+                if self._jobs:
+                    if not self._nr_threads:
+                        self._start_thread()
+                    self._wake_all()
                 self._drained.wait()
 
     def close(self) -> None:
@@ -261,7 +270,7 @@ class AsyncEngine:
         self.drain()
         with self._lock:
             self._closing = True
-            self._work.notify_all()
+            self._wake_all()
             while self._nr_threads:
                 self._drained.wait()
             self._closing = False

@@ -341,7 +341,7 @@ class Selection:
                     proceed(_Request(request.call, offset, length, _cut(buffers, 0, length)))
                 return length
 
-            transfer_whole(move, request.buffers, request.offset, request.call.kind, self.device.name)
+            transfer_whole(move, request.buffers, request.length, request.offset, request.call.kind, self.device.name)
 
         return self._add(effect)
 

@@ -20,7 +20,7 @@ from persistent_data.layout import BLOCK_SIZE
 from thinpool.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
 EXIT_OK = 0
 EXIT_FAILURE = 64
@@ -46,6 +46,7 @@ class Option:
     :param names: such as ``"-o, --output"``; the last is the one that :class:`Arguments` knows it by
     :param value: how the help calls its value; empty for an option without one
     :param convert: turns the text of a value into what the tool works with; raises ValueError with the reason
+    :param required: the tool does nothing without it
     :param repeated: every occurrence counts, not just the last
     :param value_optional: the value may be left out, and is otherwise attached with ``=``
     :param hidden: accepted for the sake of old scripts, and without effect
@@ -58,6 +59,7 @@ class Option:
         *,
         value: str = "",
         convert: Callable[[str], object] = str,
+        required: bool = False,
         repeated: bool = False,
         value_optional: bool = False,
         hidden: bool = False,
@@ -66,6 +68,7 @@ class Option:
         self.help_text = help_text
         self.value = value
         self.convert = convert
+        self.required = required
         self.repeated = repeated
         self.value_optional = value_optional
         self.hidden = hidden
@@ -91,7 +94,7 @@ COMMON_OPTIONS = (
 class Arguments:
     """A parsed command line.
 
-    :ivar input: the operand
+    :ivar input: the operand; empty if the tool takes none
     """
 
     def __init__(self, input_path: str, values: dict[str, list[object]]) -> None:
@@ -116,6 +119,7 @@ class Command:
     """A tool's command line: what it accepts, and how it explains itself.
 
     :param conflicts: pairs of options that exclude each other
+    :param operand: whether the tool takes its input as an operand; otherwise options name all it needs
     :param text: what the help says below the options
     """
 
@@ -126,23 +130,32 @@ class Command:
         options: Sequence[Option],
         *,
         conflicts: Sequence[tuple[str, str]] = (),
+        operand: bool = True,
         text: str = "",
     ) -> None:
         self.name = name
         self.summary = summary
         self.options = (*options, *COMMON_OPTIONS)
         self.conflicts = conflicts
+        self.operand = operand
         self.text = text
         self._by_name = {name: option for option in self.options for name in option.names}
 
     def usage(self) -> str:
         """Return the one line that usage errors end with."""
-        return f"Usage: {self.name} [OPTIONS] <INPUT>"
+        return " ".join([f"Usage: {self.name} [OPTIONS]", *self._needed()])
+
+    def _needed(self, given: Container[str] = ()) -> list[str]:
+        """Return what a command line must have besides the options *given*."""
+        operand = ["<INPUT>"] if self.operand else []
+        return [option.shown() for option in self.options if option.required and option.key not in given] + operand
 
     def help(self) -> str:
         """Return everything that ``--help`` shows."""
-        rows = [("<INPUT>", "Metadata: a block device or a file")]
-        lines = [self.summary, "", self.usage(), "", "Arguments:", *_table(rows), "", "Options:"]
+        lines = [self.summary, "", self.usage(), ""]
+        if self.operand:
+            lines += ["Arguments:", *_table([("<INPUT>", "Metadata: a block device or a file")]), ""]
+        lines.append("Options:")
         rows = []
         for option in self.options:
             if option.hidden:
@@ -185,11 +198,15 @@ class Command:
         for one, other in self.conflicts:
             if one in values and other in values:
                 raise UsageError(f"the argument '{one}' cannot be used with '{other}'")
-        if not operands:
-            raise UsageError("the following required arguments were not provided:\n  <INPUT>")
-        if len(operands) > 1:
-            raise UsageError(f"unexpected argument '{operands[1]}' found")
-        return Arguments(operands[0], values)
+        unexpected = operands[self.operand :]
+        if unexpected:
+            raise UsageError(f"unexpected argument '{unexpected[0]}' found")
+        missing = self._needed(values)
+        if operands:
+            missing.remove("<INPUT>")
+        if missing:
+            raise UsageError("\n  ".join(["the following required arguments were not provided:", *missing]))
+        return Arguments(operands[0] if operands else "", values)
 
     def _take_long(self, argument: str, waiting: list[str], values: dict[str, list[object]]) -> None:
         name, equals, value = argument.partition("=")

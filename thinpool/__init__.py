@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from thinpool.compare import Difference, delta
+    from thinpool.compare import delta
+    from thinpool.differences import Difference
     from thinpool.errors import (
         Corrupt,
         DeviceBusy,
@@ -34,7 +35,7 @@ _HOMES = {
     "DeviceBusy": "errors",
     "DeviceDetails": "metadata",
     "DeviceExists": "errors",
-    "Difference": "compare",
+    "Difference": "differences",
     "LookupResult": "thin_device",
     "MappedRange": "thin_device",
     "NoSuchDevice": "errors",

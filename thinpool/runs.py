@@ -1,4 +1,4 @@
-"""Runs: stretches of thin blocks mapped to consecutive data blocks at the same time."""
+"""Runs: stretches of thin blocks mapped to consecutive data blocks, at the same time or at any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from thinpool.layout import TIME_BITS, TIME_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 MAX_BATCH_LEAVES = 64
 """Leaves that are turned into runs together."""
@@ -33,6 +33,34 @@ class Run(NamedTuple):
         ):
             return self._replace(length=self.length + following.length)
         return None
+
+
+class DataRun(NamedTuple):
+    """*length* thin blocks from *thin_begin* on, mapped to as many data blocks from *data_begin* on, at any times."""
+
+    thin_begin: int
+    data_begin: int
+    length: int
+
+    def from_offset(self, offset: int) -> DataRun:
+        """Return what follows the first *offset* blocks."""
+        return DataRun(self.thin_begin + offset, self.data_begin + offset, self.length - offset)
+
+
+def data_runs(keys: Sequence[int], values: Sequence[int]) -> list[DataRun]:
+    """Find the runs of a leaf: *keys* are thin blocks, ascending, *values* their block times."""
+    runs: list[DataRun] = []
+    begin = data_begin = length = 0
+    for key, value in zip(keys, values, strict=True):
+        if length and key == begin + length and value >> TIME_BITS == data_begin + length:
+            length += 1
+            continue
+        if length:
+            runs.append(DataRun(begin, data_begin, length))
+        begin, data_begin, length = key, value >> TIME_BITS, 1
+    if length:
+        runs.append(DataRun(begin, data_begin, length))
+    return runs
 
 
 RunFields = tuple[list[int], list[int], list[int], list[int]]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ["thin_check", "thin_dump", "thin_ls"]
+#: Tools without an operand.
+OPTION_TOOLS = ["thin_metadata_size"]
 
 
 class Result(NamedTuple):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.tools import TOOLS, run_tool
+from tests.support.tools import OPTION_TOOLS, TOOLS, run_tool
 from tools import __main__ as dispatcher
 
 
 def test_without_a_name_the_tools_are_listed() -> None:
     result = run_tool("__main__")
     assert (result.status, result.stdout) == (64, b"")
-    assert result.stderr.splitlines() == ["Usage: <command> <args>", "commands:", *(f"  {tool}" for tool in TOOLS)]
+    tools = sorted(TOOLS + OPTION_TOOLS)
+    assert result.stderr.splitlines() == ["Usage: <command> <args>", "commands:", *(f"  {tool}" for tool in tools)]
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

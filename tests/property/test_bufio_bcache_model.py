@@ -195,7 +195,7 @@ class BcacheMachine(RuleBasedStateMachine):
     def cut_up(self, device: int, offset: int, length: int) -> list[tuple[Place, int, int]]:
         """Return the blocks of a range of bytes, and what part of each is in it."""
         parts = []
-        for index in range(offset // self.size, -(-(offset + length) // self.size)):
+        for index in range(offset // self.size, -(-(offset + length) // self.size) if length else 0):
             start = index * self.size
             parts.append(((device, index), max(offset - start, 0), min(offset + length - start, self.size)))
         return parts
@@ -288,7 +288,8 @@ class BcacheMachine(RuleBasedStateMachine):
             return False
         assert doomed <= errored
         assert self.changing <= skipped <= held & self.dirty
-        self.any_errors = self.faulty or bool(errored)
+        # A block in error stays so while it is held.
+        self.any_errors = self.faulty or (self.any_errors and bool(errored | skipped))
         self.dirty = errored | skipped
         self.settle(set(PLACES) - self.dirty)
         assert self.cache.stats.dirty == len(self.dirty)

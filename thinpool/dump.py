@@ -6,7 +6,6 @@ for each leaf; never the mappings.
 
 from __future__ import annotations
 
-import errno
 from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
@@ -21,8 +20,8 @@ from persistent_data.btree_walk import (
 )
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
-from thinpool.errors import Corrupt, ThinError
-from thinpool.ir import Device, Superblock
+from thinpool.errors import Corrupt
+from thinpool.ir import Device
 from thinpool.layout import TIME_BITS, TIME_MASK
 from thinpool.pool_reader import PoolReader
 from thinpool.trees import MAPPING_KIND, MAPPING_TREE
@@ -79,10 +78,7 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     :raises OSError: the device cannot be read
     """
     options = options or Options()
-    pool = PoolReader(device, options.metadata_snap)
-    if options.snap_block is not None and pool.location != options.snap_block:
-        message = f"metadata snapshot does not match that in superblock, which is at block {pool.location}"
-        raise ThinError(errno.EINVAL, message)
+    pool = PoolReader(device, options.metadata_snap, options.snap_block)
     devices = pool.devices()
     if options.dev_ids is not None:
         devices = [entry for entry in devices if entry.dev_id in options.dev_ids]
@@ -91,17 +87,7 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
         for entry in devices:
             leaves.add_device(entry)
         leaves.cut()
-    sb = pool.superblock
-    visitor.begin_superblock(
-        Superblock(
-            time=sb.time,
-            transaction=sb.trans_id,
-            needs_check=sb.needs_check,
-            version=sb.version,
-            data_block_size=sb.data_block_size,
-            nr_data_blocks=sb.data_root.nr_blocks,
-        )
-    )
+    visitor.begin_superblock(pool.describe())
     emitter = _Emitter(pool, leaves, visitor)
     if not options.skip_mappings:
         emitter.shared_parts()

@@ -10,6 +10,7 @@ from persistent_data.btree_walk import BTreeWalk
 from persistent_data.damage import FATAL
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
 from persistent_data.ref_counts import RefCounts
+from thinpool import ir
 from thinpool.errors import Corrupt, ThinError
 from thinpool.layout import SUPERBLOCK_LOCATION, Superblock
 from thinpool.superblock_check import superblock_fault
@@ -40,12 +41,13 @@ class PoolReader:
     :ivar superblock: the metadata snapshot's superblock if that was asked for, else the pool's
     :ivar nr_blocks: metadata blocks that the pool uses
     :ivar nr_data_blocks: data blocks of the pool, for the metadata snapshot too
+    :param snap_block: the metadata block at which that snapshot must be, None for wherever it is
     :raises Corrupt: there is no sound superblock
-    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none
+    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block
     :raises OSError: the device cannot be read
     """
 
-    def __init__(self, device: Device, metadata_snap: bool = False) -> None:
+    def __init__(self, device: Device, metadata_snap: bool = False, snap_block: int | None = None) -> None:
         self.reader = BlockReader(device)
         self.prefix = ""
         self._tree = ""
@@ -58,6 +60,9 @@ class PoolReader:
             self.location = self.main.held_root
             if self.location == 0:
                 raise ThinError(errno.ENODATA, "no current metadata snap is held by this pool")
+            if snap_block not in (None, self.location):
+                message = f"metadata snapshot does not match that in superblock, which is at block {self.location}"
+                raise ThinError(errno.EINVAL, message)
             self.superblock = self._read_superblock(self.location)
         root = self.main.metadata_root
         self.nr_blocks = min(root.nr_blocks, self.reader.nr_blocks, MAX_METADATA_BLOCKS)
@@ -77,6 +82,21 @@ class PoolReader:
         if fault is not None:
             raise Corrupt(location, fault.rule, message=f"{self.prefix}{fault} (block {location})")
         return Superblock.unpack(content)
+
+    def describe(self) -> ir.Superblock:
+        """Return what the pool, or the metadata snapshot, says of itself.
+
+        The metadata snapshot does not have the number of data blocks: it is 0 there.
+        """
+        sb = self.superblock
+        return ir.Superblock(
+            time=sb.time,
+            transaction=sb.trans_id,
+            needs_check=sb.needs_check,
+            version=sb.version,
+            data_block_size=sb.data_block_size,
+            nr_data_blocks=sb.data_root.nr_blocks,
+        )
 
     def new_walk(self) -> BTreeWalk:
         """Return a walk that raises at the first fatal fault, :class:`Corrupt`, and keeps quiet about lesser ones."""

@@ -20,11 +20,12 @@ from persistent_data.layout import BLOCK_SIZE
 from thinpool.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_FAILURE = 64
 
+_LINES_AT_A_TIME = 1024
 _XML_BEGINNINGS = (b"<superblock", b"<?xml", b"?xml", b"<!DOCTYPE")
 
 
@@ -291,6 +292,26 @@ def write_out(text: str) -> None:
     except OSError as error:
         _abandon_stdout()
         raise_output_error(error)
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Write *lines*, which end as they are, to stdout, many at a time.
+
+    What came before an exception of *lines* itself is written, so that a reader sees how far things went well.
+
+    :raises OutputGone: the reader has closed its end
+    :raises Failure: they cannot be written
+    """
+    batch: list[str] = []
+    try:
+        for line in lines:
+            batch.append(line)
+            if len(batch) == _LINES_AT_A_TIME:
+                text, batch = "".join(batch), []
+                write_out(text)
+    finally:
+        if batch:
+            write_out("".join(batch))
 
 
 def output_error(error: OSError) -> str:

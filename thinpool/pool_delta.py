@@ -1,0 +1,106 @@
+"""What two thin devices have in common and what not, read from the metadata without an engine.
+
+Mappings are streamed.  In memory are the top-level trees, the children of one node on each level of both mapping trees,
+and nodes read ahead, a megabyte of them at most.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from persistent_data.read_ahead import ReadAhead
+from thinpool.differences import DIFFERENT, LEFT_ONLY, RIGHT_ONLY, SAME, differences
+from thinpool.dump import MAPPED_BLOCKS
+from thinpool.errors import Corrupt, NoSuchDevice
+from thinpool.mapping_nodes import MappingNodes
+from thinpool.pool_reader import PoolReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bufio.device import Device
+    from thinpool.differences import Difference
+    from thinpool.trees import DeviceEntry
+
+
+class Thin(NamedTuple):
+    """The mapping tree of the thin device *dev_id*."""
+
+    dev_id: int
+
+
+class Root(NamedTuple):
+    """The mapping tree whose root is at metadata block *block*."""
+
+    block: int
+
+
+class PoolDelta:
+    """The comparison of two mapping trees of the pool on *device*, or of its metadata snapshot.
+
+    :ivar left: as given; so is *right*
+    :ivar superblock: what the pool says of itself
+    :param snap_block: the metadata block at which the snapshot must be, None for wherever it is
+    :raises NoSuchDevice: there is no device with one of the ids
+    :raises Corrupt: the superblock, a tree of devices, or the way to a first leaf is damaged
+    :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block,
+        or a root is outside the metadata
+    :raises OSError: the device cannot be read
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        left: Thin | Root,
+        right: Thin | Root,
+        metadata_snap: bool = False,
+        snap_block: int | None = None,
+    ) -> None:
+        self._pool = PoolReader(device, metadata_snap, snap_block)
+        self.superblock = self._pool.describe()
+        self.left = left
+        self.right = right
+        self._devices: dict[int, DeviceEntry] = {}
+        # Roots need no device trees: they may be asked for because those are damaged.
+        if isinstance(left, Thin) or isinstance(right, Thin):
+            self._devices = {entry.dev_id: entry for entry in self._pool.devices()}
+        ahead = ReadAhead(self._pool.reader)
+        self._nodes = (self._open(left, "snap1", ahead), self._open(right, "snap2", ahead))
+
+    def _open(self, tree: Thin | Root, name: str, ahead: ReadAhead) -> MappingNodes:
+        if isinstance(tree, Root):
+            return MappingNodes(self._pool, ahead, tree.block)
+        entry = self._devices.get(tree.dev_id)
+        if entry is None:
+            raise NoSuchDevice(f"Unable to find mapping tree for {name} ({tree.dev_id})")
+        return MappingNodes(self._pool, ahead, entry.root, entry.path, entry.dev_id)
+
+    def differences(self, *, same: bool = True) -> Iterator[Difference]:
+        """Iterate over what is mapped on either side, ascending by thin block, in longest runs.
+
+        :param same: yield also what both sides map to the same data blocks; if not, what they share is not read, so
+            damage in there goes unnoticed
+        :raises Corrupt: damaged metadata, or a device has not as many mappings as its details say; everything before
+            it has been returned
+        :raises OSError: the device cannot be read
+        """
+        nr_blocks = dict.fromkeys((SAME, DIFFERENT, LEFT_ONLY, RIGHT_ONLY), 0)
+        left, right = self._nodes
+        for found in differences(left.walk(), right.walk(), same=same):
+            nr_blocks[found.kind] += found.length
+            yield found
+        if same:
+            in_both = nr_blocks[SAME] + nr_blocks[DIFFERENT]
+            self._check_count(self.left, in_both + nr_blocks[LEFT_ONLY])
+            self._check_count(self.right, in_both + nr_blocks[RIGHT_ONLY])
+
+    def _check_count(self, tree: Thin | Root, found: int) -> None:
+        if isinstance(tree, Root):
+            return
+        entry = self._devices[tree.dev_id]
+        if found != entry.mapped_blocks:
+            message = (
+                f"{self._pool.prefix}Thin device {entry.dev_id} has unexpected number of mappings, "
+                f"expected {entry.mapped_blocks}, actual {found} (root block {entry.root})"
+            )
+            raise Corrupt(entry.root, MAPPED_BLOCKS, message=message)

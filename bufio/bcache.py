@@ -152,24 +152,26 @@ class Bcache:
                 else:
                     missed = True
                     block = self._get_absent(home, index, flags)
+            me = get_ident()
             if flags:
                 counters.write_misses += missed
                 counters.write_hits += not missed
+                # Before it is zeroed: whatever interrupts this, what differs from the device is dirty.
+                self._core.set_dirty(block, 0, self.block_size)
                 if flags & GetFlags.ZERO:
                     block.data[:] = bytes(self.block_size)
                     counters.write_zeroes += 1
-                block.exclusive = True
-                self._core.set_dirty(block, 0, self.block_size)
             else:
                 counters.read_misses += missed
                 counters.read_hits += not missed
             if not missed:
                 block.referenced = USED
-            block.holders.append(get_ident())
+            block.exclusive = bool(flags)
+            block.holders.append(me)
             return block
 
     def _refuse_conflict(self, block: Block, flags: int) -> None:
-        if block.exclusive or (flags and block.holders):
+        if block.holders and (block.exclusive or flags):
             purpose = "changing" if block.exclusive else "reading"
             raise HoldError(f"block {block.index} of {block.device.name} is held for {purpose}")
 
@@ -180,6 +182,8 @@ class Bcache:
         if block is None:
             return None
         if flags & GetFlags.ZERO:
+            # It must not be found with the content of another block, even if this is as far as we get.
+            block.data[:] = bytes(self.block_size)
             self._core.insert(block)
         else:
             self._zero_tail(block)
@@ -216,16 +220,20 @@ class Bcache:
             home = self._home_of(device)
             core = self._core
             fresh: list[CachedBlock] = []
-            for index in range(max(0, begin), min(end, home.nr_blocks)):
-                if index in home.table or index in home.arriving:
-                    continue
-                victim = None if core.spare else core.oldest_clean(NO_EPOCH)
-                if core.nr_reading >= self.max_prefetches or not (core.spare or victim):
-                    break
-                block: Block = core.create(home, index) if victim is None else core.reuse(victim, home, index)
-                self._zero_tail(block)
-                core.expect(block)
-                fresh.append(block)
+            try:
+                for index in range(max(0, begin), min(end, home.nr_blocks)):
+                    if index in home.table or index in home.arriving:
+                        continue
+                    victim = None if core.spare else core.oldest_clean(NO_EPOCH)
+                    if core.nr_reading >= self.max_prefetches or not (core.spare or victim):
+                        break
+                    block: Block = core.create(home, index) if victim is None else core.reuse(victim, home, index)
+                    self._zero_tail(block)
+                    fresh.append(block)
+                    core.expect(block)
+            except BaseException:
+                core.cancel_reads(fresh)
+                raise
             if fresh:
                 self._counters.prefetches += len(fresh)
                 core.start_read(home, fresh)
@@ -244,16 +252,20 @@ class Bcache:
         with self._lock:
             self._require_open()
             core = self._core
+            before = [(home, home.failed_flushes) for home in core.devices.values()]
             self._write(list(core.dirty))
-            while core.nr_reading or core.nr_writing:
-                core.wait()
+            core.wait_for_transfers()
             errored, skipped = self._left_dirty(core.dirty)
-            homes = [home for home in core.devices.values() if home.unflushed]
-        for home in homes:
-            core.flush(home)
+            homes = [(home, failed) for home, failed in before if self._needs_flush(home, failed)]
+        for home, failed in homes:
+            core.flush(home, failed)
         if errored:
             raise BlocksNotWritten(errored, skipped) from errored[0].write_error
         return skipped
+
+    def _needs_flush(self, home: CachedDevice, failed_before: int) -> bool:
+        """Tell whether something written is not durable, or another thread's flush has yet to say, or said that."""
+        return bool(home.unflushed) or home.flushing or home.failed_flushes != failed_before
 
     def _write(self, blocks: list[CachedBlock]) -> None:
         """Write those of *blocks* that are dirty and not held, once, and wait until none of them is being written."""
@@ -313,15 +325,26 @@ class Bcache:
             home = self._core.devices.get(device)
             if home is None:
                 return True
-            self._settle(home)
-            self._write([block for block in home.table.values() if block.dirty])
-        if home.unflushed:
-            self._core.flush(home)
-        with self._lock:
-            held = self._invalidate(home, list(home.table))
-            if not (home.table or home.arriving):
-                self._forget_device(home)
-            return not held
+        while True:
+            with self._lock:
+                failed = home.failed_flushes
+                self._settle(home)
+                self._write([block for block in home.table.values() if block.dirty])
+                errored, _ = self._left_dirty(home.table.values())
+            if self._needs_flush(home, failed):
+                self._core.flush(home, failed)
+            if errored:
+                raise BlocksNotWritten(errored, []) from errored[0].write_error
+            with self._lock:
+                blocks: list[Block] = list(home.table.values())
+                if home.arriving or home.unflushed or any(not b.holders and (b.dirty or b.writing) for b in blocks):
+                    continue  # others have used it meanwhile
+                for block in blocks:
+                    if not block.holders:
+                        self._core.destroy(block)
+                if not home.table:
+                    self._forget_device(home)
+                return not home.table
 
     def _invalidate(self, home: CachedDevice, indexes: list[int]) -> list[Block]:
         """Write and forget blocks, and return those that are held."""
@@ -393,8 +416,10 @@ class Bcache:
         parts = []
         for index, begin, end in self._parts(offset, length):
             block = self.get(device, index)
-            parts.append(bytes(block.data[begin:end]))
-            block.put()
+            try:
+                parts.append(bytes(block.data[begin:end]))
+            finally:
+                block.put()
         return b"".join(parts)
 
     def write_bytes(self, device: Device, offset: int, data: ReadableBuffer) -> None:
@@ -474,7 +499,7 @@ class Bcache:
                     names = ", ".join(f"{block.index} of {block.device.name}" for block in held)
                     raise HoldError(f"closed while blocks are held: {names}")
                 busy = core.dirty or core.nr_reading or core.nr_writing
-                if not busy and not any(home.unflushed for home in core.devices.values()):
+                if not busy and not any(home.unflushed or home.flushing for home in core.devices.values()):
                     for block in blocks:
                         core.destroy(block)
                     core.devices.clear()

@@ -106,6 +106,8 @@ class Client:
     ) -> None:
         if block_size < _SECTOR_BYTES or block_size % _SECTOR_BYTES:
             raise ValueError(f"block_size must be a multiple of 512, not {block_size}")
+        if reserved_buffers < 0:
+            raise ValueError(f"reserved_buffers must not be negative, but is {reserved_buffers}")
         self.device = device
         self.block_size = block_size
         self._core = Core(block_size, engine, Buffer)
@@ -118,7 +120,6 @@ class Client:
         self._alloc_callback = alloc_callback
         self._minimum_buffers = 0
         self._cache_bytes = cache_bytes
-        self._ageing = False
         self._closed = False
         self.peek: Callable[[int], Buffer | None] = self._table.get
         """Return the cached buffer of a block without a hold and without counting, or None.
@@ -147,7 +148,13 @@ class Client:
         return self._limit
 
     def set_sector_offset(self, sectors: int) -> None:
-        """Let block 0 begin at that sector (512 bytes) of the device.  Only while nothing is cached."""
+        """Let block 0 begin at that sector (512 bytes) of the device.  Only while nothing is cached.
+
+        :raises HoldError: something is cached
+        :raises ValueError: a negative sector
+        """
+        if sectors < 0:
+            raise ValueError(f"the sector offset must not be negative, but is {sectors}")
         with self._lock:
             if self._table or self._home.arriving:
                 raise HoldError("the sector offset cannot change while blocks are cached")
@@ -155,7 +162,12 @@ class Client:
             self._home.nr_blocks = 0
 
     def set_minimum_buffers(self, n: int) -> None:
-        """Keep room for at least *n* buffers, whatever the limit of memory says."""
+        """Keep room for at least *n* buffers, whatever the limit of memory says.
+
+        :raises ValueError: a negative number
+        """
+        if n < 0:
+            raise ValueError(f"the minimum of buffers must not be negative, but is {n}")
         self._minimum_buffers = n
         self.limit_changed()
 
@@ -183,13 +195,15 @@ class Client:
         It is left undone then: the next allocation, or the next look at ages, will see to it.
         """
         owner_lock = self.owner_lock
-        if self.epoch != NO_EPOCH and (owner_lock is None or not owner_lock.acquire(blocking=False)):
+        if self.epoch == NO_EPOCH:
+            owner_lock = None
+        elif owner_lock is None or not owner_lock.acquire(blocking=False):
             return
         try:
             with self._lock:
                 work()
         finally:
-            if self.epoch != NO_EPOCH and owner_lock is not None:
+            if owner_lock is not None:
                 owner_lock.release()
 
     @property
@@ -233,8 +247,10 @@ class Client:
     def new(self, block: int) -> Buffer:
         """Return the buffer of *block*, held, without reading: the caller fills it and marks it dirty.
 
-        If the block is cached its buffer is returned as it is; otherwise the contents are undefined.
+        If the block is cached its buffer is returned as it is; otherwise the contents are undefined.  That a block lies
+        beyond the device's end is an error when it is written, not here.
 
+        :raises OSError: EIO for a negative block
         :raises WouldDeadlock: as :meth:`read`
         """
         with self._lock:
@@ -259,11 +275,11 @@ class Client:
             return buffer
 
     def _new_unheld(self, block: int) -> Buffer:
-        self._require_open()
         while True:
             buffer = self._table.get(block)
             if buffer is not None:
                 return buffer
+            self._require_place(block)
             arriving = self._home.arriving.get(block)
             if arriving is not None:
                 self._core.await_arrival(arriving)
@@ -273,11 +289,18 @@ class Client:
                 self._core.insert(buffer)
                 return buffer
 
+    def _require_place(self, block: int) -> None:
+        """Refuse to cache anything when closed, and a block in front of the first: what lies there is not ours."""
+        self._require_open()
+        if block < 0:
+            raise OSError(errno.EIO, f"there is no block {block}", self.name)
+
     def _read_uncached(self, block: int) -> Buffer:
         """Return the buffer of a block that is absent or on its way, unheld.  Called with the lock."""
-        if self._closed:
-            self._require_open()
         while True:
+            # Each time: it may have been closed while the lock was given up.
+            if self._closed:
+                self._require_open()
             arriving = self._home.arriving.get(block)
             if arriving is not None:
                 error = self._core.await_arrival(arriving)
@@ -330,8 +353,8 @@ class Client:
             # Making room may have given the lock up.
             if not (number in self._table or number in self._home.arriving):
                 buffer = self._create(number, victim)
-                self._core.expect(buffer)
                 fresh.append(buffer)
+                self._core.expect(buffer)
 
     # Giving buffers back
 
@@ -356,11 +379,14 @@ class Client:
         old block, and its content is written to *new_block*.  A cached buffer of *new_block* is dropped, or waited for
         if it is held.
 
-        :raises OSError: the old content could not be written, or (with other holders) the new one; still held then
+        :raises HoldError: nobody holds *buffer*, or *new_block* is its own
+        :raises OSError: the old content could not be written, or (with other holders) the new one, or *new_block* is
+            negative; still held then
         """
         with self._lock:
             if not buffer.holders:
                 raise HoldError(f"block {buffer.block_number} is moved without being held")
+            self._require_place(new_block)
             target: Buffer | None = None
             while target is None:
                 self._settle(buffer)
@@ -439,8 +465,9 @@ class Client:
                 self._core.wait()
             elif self._core.write_back(self._home, [buffer]):
                 error = buffer.write_error
-                assert error is not None, "a failed write leaves its reason"
-                raise error
+                # None when another thread has written it since.
+                if error is not None:
+                    raise error
 
     def _clear_target(self, buffer: Buffer, new_block: int) -> None:
         while True:
@@ -487,6 +514,7 @@ class Client:
         core = self._core
         home = self._home
         with self._lock:
+            failed_flushes = home.failed_flushes
             pending = list(core.dirty)
             while pending:
                 in_flight = [buffer for buffer in pending if buffer.writing is not None] if core.nr_writing else []
@@ -495,12 +523,11 @@ class Client:
                     core.wait()
                 # Dirtied again while they were being written: what went to the device may be the old content.
                 pending = [b for b in in_flight if b.dirty and self._table.get(b.block_number) is b]
-            while core.nr_writing:
-                core.wait()
+            core.wait_for_transfers(reads=False)
             error, home.write_error = home.write_error, None
         if error is not None:
             raise error
-        self.issue_flush()
+        core.flush(home, failed_flushes)
 
     def issue_flush(self) -> None:
         """Have the device make durable what was written to it.
@@ -515,9 +542,14 @@ class Client:
     def issue_discard(self, block: int, count: int) -> None:
         """Discard blocks of the device; clean cached copies that nobody holds are forgotten.
 
-        :raises OSError: EOPNOTSUPP where the device cannot
+        :raises OSError: EOPNOTSUPP where the device cannot; EIO beyond its end, or for a negative block
         """
         with self._lock:
+            self._require_place(block)
+            # What is read ahead is the content from before.
+            for number in [number for number in self._home.arriving if block <= number < block + count]:
+                while (arriving := self._home.arriving.get(number)) is not None:
+                    self._core.await_arrival(arriving)
             for number in self._cached_in(block, count):
                 buffer = self._table.get(number)
                 while buffer is not None and buffer.writing is not None:
@@ -551,6 +583,7 @@ class Client:
         """Write what is dirty, then forget every buffer that is not held, or was changed meanwhile."""
         self.write_dirty_buffers()
         with self._lock:
+            self._core.wait_for_transfers()
             for buffer in list(self._table.values()):
                 if not buffer.dirty:
                     self._drop(buffer)
@@ -560,13 +593,14 @@ class Client:
 
         What is on its way already is waited for.
         """
-        core = self._core
         with self._lock:
-            while core.nr_reading or core.nr_writing:
-                core.wait()
-            for buffer in list(self._table.values()):
-                self._drop(buffer)
-            self._home.write_error = None
+            self._core.wait_for_transfers()
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        for buffer in list(self._table.values()):
+            self._drop(buffer)
+        self._home.write_error = None
 
     @property
     def name(self) -> str:
@@ -579,17 +613,20 @@ class Client:
         :raises HoldError: a buffer is still held (the message names the blocks); the client stays usable
         :raises OSError: something could not be written; the client is closed all the same
         """
+        core = self._core
+        home = self._home
         try:
             while not self._closed:
                 with self._lock:
+                    while core.nr_reading or core.nr_writing:
+                        core.wait()
                     held = sorted(number for number, buffer in self._table.items() if buffer.holders)
                     if held:
                         raise HoldError(f"closed while blocks {held} are held")
-                    while self._core.nr_writing:
-                        self._core.wait()
-                    if not self._core.dirty and self._home.write_error is None:
-                        # From here on nobody can change anything.
+                    if not (core.dirty or home.unflushed or home.flushing or home.write_error):
+                        # In one step, so that nobody can change anything in between.
                         self._closed = True
+                        self._drop_all()
                         break
                 self.write_dirty_buffers()
         except OSError:
@@ -601,9 +638,13 @@ class Client:
 
     def discard_all(self) -> None:
         """Free everything without writing.  For an owner that gives its changes up."""
-        self.reset()
-        parameters.leave(self)
         self._closed = True
+        core = self._core
+        with self._lock:
+            while core.nr_reading or core.nr_writing:
+                core.wait()
+            self._drop_all()
+        parameters.leave(self)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -623,10 +664,9 @@ class Client:
         if victim is not None:
             buffer: Buffer = core.reuse(victim, self._home, block)
         else:
-            buffer = core.create(self._home, block)
-            if not self._ageing and core.nr_buffers * core.buffer_bytes > parameters.retain_bytes:
-                self._ageing = True
+            if not parameters.ageing and core.nr_buffers * core.buffer_bytes >= parameters.retain_bytes:
                 parameters.start_ageing()
+            buffer = core.create(self._home, block)
         if self._aux_size:
             buffer.aux = bytearray(self._aux_size)
         if self._alloc_callback is not None:
@@ -677,7 +717,8 @@ class Client:
         if failed and not (core.nr_reading or any(b.holders for b in buffers)):
             # Nobody will give anything back: all there is is dirty and cannot be written.
             error = failed[0].write_error
-            assert error is not None, "a failed write leaves its reason"
+            if error is None:
+                return None  # another thread has written it since
             raise error
         me = get_ident()
         if sum(buffer.holders.count(me) for buffer in buffers) < self._reserved_buffers:

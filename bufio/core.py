@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import weakref
 from operator import attrgetter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ WRITE_BACK_BATCH = 256
 NO_EPOCH = -1
 USED = 1
 """``referenced`` of a buffer used outside any epoch."""
+
+_NO_MEMORY = memoryview(b"")
+"""``data`` of a buffer that is gone: a list that still has the buffer must not keep a megabyte alive."""
 
 NEW = 0.0
 """``used_at`` of a buffer that was used since the last look at ages."""
@@ -158,6 +162,9 @@ class CachedDevice:
         "arriving",
         "device",
         "end_bytes",
+        "failed_flushes",
+        "flush_error",
+        "flushing",
         "nr_blocks",
         "offset",
         "owner",
@@ -183,6 +190,11 @@ class CachedDevice:
         self.arriving: dict[int, Any] = {}
         self.unflushed: set[int] = set()
         """Blocks written since the device was last flushed."""
+        self.flushing = False
+        """Somebody flushes the device right now, and what that covers is not in ``unflushed``."""
+        self.failed_flushes = 0
+        self.flush_error: OSError | None = None
+        """Of the last flush that failed."""
         self.write_error: OSError | None = None
         """The first that nobody was told of yet."""
 
@@ -228,6 +240,7 @@ class WriteBack:
                 core.clean.update(dict.fromkeys(batch))
                 for buffer in batch:
                     buffer.writing = None
+                    buffer.write_error = None
             self.remaining -= len(batch)
             core.nr_writing -= len(batch)
             if self._gate is not None and not self.remaining:
@@ -303,6 +316,9 @@ class Core:
         self._hand: list[CachedBlock] = []
         """What was clean when the present round of eviction began and has not been looked at, the next one last."""
         self._slab = Slab(block_size)
+        self._taken = [0]
+        """Bytes of memory in the account; a list because it outlives a core that nobody closed."""
+        weakref.finalize(self, parameters.drop, self._taken).atexit = False
         self._block_type = block_type
         self.spare: list[CachedBlock] = []
         """Buffers of no block, where their number is fixed."""
@@ -338,6 +354,7 @@ class Core:
     def _make(self, home: CachedDevice, block: int) -> CachedBlock:
         buffer = self._block_type(home, block, self._slab.take())
         self.nr_buffers += 1
+        self._taken[0] += self.buffer_bytes
         parameters.account(self.buffer_bytes)
         return buffer
 
@@ -379,7 +396,9 @@ class Core:
 
     def _unmake(self, buffer: CachedBlock) -> None:
         self._slab.give_back(buffer.data)
+        buffer.data = _NO_MEMORY
         self.nr_buffers -= 1
+        self._taken[0] -= self.buffer_bytes
         parameters.account(-self.buffer_bytes)
 
     def give_up(self) -> None:
@@ -657,25 +676,48 @@ class Core:
         transfer.wait()
         return transfer.failed
 
-    def flush(self, home: CachedDevice) -> None:
+    def flush(self, home: CachedDevice, failed_before: int | None = None) -> None:
         """Have a device make durable what was written to it.  Called **without** the lock.
 
-        :raises OSError: the device's error.  Nobody knows then what of the writes since the last flush is durable, so
-            whatever of it is still cached is dirty again.
+        One at a time: a device tells of a failure once, and whoever came meanwhile has to be told as well.
+
+        :param failed_before: ``home.failed_flushes`` when the caller began; by default when it came here
+        :raises OSError: the device's error, in this flush or in another one since then.  Nobody knows then what of the
+            writes since the last flush is durable, so whatever of it is still cached is dirty again.
         """
-        with self.lock:
-            unflushed, home.unflushed = home.unflushed, set()
+        unflushed: set[int] = set()
+        covered = unflushed
+        mine = False
         try:
-            home.device.flush()
-        except BaseException:
             with self.lock:
-                home.unflushed |= unflushed
-                for number in unflushed:
-                    buffer = home.table.get(number)
-                    if buffer is not None:
-                        self.set_dirty(buffer, 0, self.block_size)
+                if failed_before is None:
+                    failed_before = home.failed_flushes
+                while home.flushing:
+                    self.wait()
+                if home.failed_flushes != failed_before and home.flush_error is not None:
+                    raise home.flush_error
+                covered, home.unflushed = home.unflushed, unflushed
+                home.flushing = mine = True
+            home.device.flush()
+            with self.lock:
+                self.counters.flushes += 1
+        except BaseException as error:
+            if mine:
+                with self.lock:
+                    if isinstance(error, OSError):
+                        home.failed_flushes += 1
+                        home.flush_error = error
+                    home.unflushed |= covered
+                    for number in covered:
+                        buffer = home.table.get(number)
+                        if buffer is not None:
+                            self.set_dirty(buffer, 0, self.block_size)
             raise
-        self.counters.flushes += 1
+        finally:
+            if mine:
+                with self.lock:
+                    home.flushing = False
+                    self.notify()
 
     def _view(self, buffer: CachedBlock) -> memoryview:
         """Return what of a buffer there is on the device."""
@@ -704,7 +746,10 @@ class Core:
             starts = [home.offset + buffer.block_number * size + buffer.dirty_start for buffer in batch]
             views = [self._view(buffer)[buffer.dirty_start : buffer.dirty_end] for buffer in batch]
             return coalesce(starts, views), sum(view.nbytes for view in views)
-        return self._extents(home, batch, numbers), len(batch) * size
+        nr_bytes = len(batch) * size
+        if home.end_bytes is not None:
+            nr_bytes -= size - self._view(batch[-1]).nbytes
+        return self._extents(home, batch, numbers), nr_bytes
 
     # Waiting
 
@@ -738,6 +783,25 @@ class Core:
                 self._nr_waiting -= 1
         finally:
             self._wanted.pop(me, None)
+
+    def wait_for_transfers(self, *, reads: bool = True) -> None:
+        """Wait for the end of what is on its way now, and not for what others begin meanwhile: that may never end.
+
+        :param reads: for reads too, not only for writes
+        """
+        if not self.nr_writing and not (reads and self.nr_reading):
+            return
+        arriving: list[tuple[dict[int, Any], int, CachedBlock]] = []
+        writing: list[tuple[CachedBlock, WriteBack]] = []
+        for home in self.devices.values():
+            if reads:
+                arriving += [(home.arriving, number, buffer) for number, buffer in home.arriving.items()]
+            if self.nr_writing:
+                writing += [(b, b.writing) for b in home.table.values() if b.writing is not None]
+        while any(where.get(number) is buffer for where, number, buffer in arriving) or any(
+            buffer.writing is transfer for buffer, transfer in writing
+        ):
+            self.wait()
 
     def _can_go_on(self, thread: int) -> bool:
         """Tell whether a thread that waits for a hold will get it, if everybody who does not wait goes on."""

@@ -171,7 +171,7 @@ class AsyncEngine:
         self._drained = threading.Condition(self._lock)
         self._idle: list[threading.Lock] = []
         """What each thread that has nothing to do waits for."""
-        self._nr_threads = 0
+        self._threads: set[threading.Thread] = set()
         self._closing = False
 
     def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
@@ -192,7 +192,7 @@ class AsyncEngine:
         own = jobs.pop() if waiting else None
         with self._lock:
             missing = len(self._jobs) + len(jobs) - len(self._idle)
-            for _ in range(min(missing, self.max_in_flight - self._nr_threads)):
+            for _ in range(min(missing, self.max_in_flight - len(self._threads))):
                 self._start_thread()
             self.calls += len(extents)
             # All or nothing: an interrupt must not leave a part of them behind that nobody knows of.
@@ -209,25 +209,32 @@ class AsyncEngine:
             return self._jobs.pop() if self._jobs and self._jobs[-1][-1] is done else None
 
     def _start_thread(self) -> None:
-        self._nr_threads += 1
+        thread = threading.Thread(target=self._serve, name="bufio", daemon=True)
+        self._threads.add(thread)
         try:
-            threading.Thread(target=self._serve, name="bufio", daemon=True).start()
+            thread.start()
         except BaseException as error:
-            self._nr_threads -= 1
+            # An interrupt may come when it runs already: it adds itself again then.
+            self._threads.discard(thread)
             # Where the system has no thread to spare, those that there are do the work.
-            if not isinstance(error, RuntimeError) or not self._nr_threads:
+            if not isinstance(error, RuntimeError) or not self._threads:
                 raise
 
     def _serve(self) -> None:
         wake = threading.Lock()
         wake.acquire()
+        with self._lock:
+            self._threads.add(threading.current_thread())
         try:
             while (job := self._next_job(wake)) is not None:
                 _run(job)
         finally:
             with self._lock:
-                self._nr_threads -= 1
-                self._drained.notify_all()
+                self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._threads.discard(threading.current_thread())
+        self._drained.notify_all()
 
     def _next_job(self, wake: threading.Lock) -> _Job | None:
         """Wait for something to do; None when this thread is not needed any more.
@@ -239,14 +246,17 @@ class AsyncEngine:
                 if self._jobs:
                     return self._jobs.popleft()
                 if self._closing:
+                    self._end_thread()
                     return None
                 self._idle.append(wake)
-                if len(self._idle) == self._nr_threads:
+                if len(self._idle) == len(self._threads):
                     self._drained.notify_all()
             if not wake.acquire(timeout=_IDLE_SECONDS):
                 with self._lock:
                     if wake in self._idle:
                         self._idle.remove(wake)
+                        # In the same step: whoever has work now must not count on this thread.
+                        self._end_thread()
                         return None
                 # Somebody was about to wake it all the same.
                 wake.acquire()
@@ -258,9 +268,9 @@ class AsyncEngine:
     def drain(self) -> None:
         """Wait until nothing is in flight."""
         with self._lock:
-            while self._jobs or len(self._idle) < self._nr_threads:
+            while self._jobs or len(self._idle) < len(self._threads):
                 if self._jobs:
-                    if not self._nr_threads:
+                    if not self._threads:
                         self._start_thread()
                     self._wake_all()
                 self._drained.wait()
@@ -270,10 +280,12 @@ class AsyncEngine:
         self.drain()
         with self._lock:
             self._closing = True
-            self._wake_all()
-            while self._nr_threads:
-                self._drained.wait()
-            self._closing = False
+            try:
+                self._wake_all()
+                while self._threads:
+                    self._drained.wait()
+            finally:
+                self._closing = False
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ class Parameters:
         self._retain_bytes = _RETAIN_BYTES
         self._current = 0
         self._peak = 0
+        self._dropped: deque[int] = deque()
+        """What caches had that are gone without having been closed, and was not subtracted yet."""
+        os.register_at_fork(after_in_child=self._after_fork)
 
     @property
     def max_cache_size_bytes(self) -> int:
@@ -151,6 +155,7 @@ class Parameters:
     @property
     def current_allocated_bytes(self) -> int:
         """Memory that buffers take at present, their bookkeeping included."""
+        self.account(0)
         return self._current
 
     @property
@@ -161,9 +166,23 @@ class Parameters:
     def account(self, change_bytes: int) -> None:
         """Note that buffers take *change_bytes* more (or less) than before."""
         with self._lock:
+            while self._dropped:
+                self._current -= self._dropped.popleft()
             self._current += change_bytes
             if self._current > self._peak:
                 self._peak = self._current
+
+    def drop(self, taken: list[int]) -> None:
+        """Note that a cache is gone that had taken that many bytes: its memory is not there any more.
+
+        Called by the garbage collector, at any time and in any thread, so that this takes no lock.
+        """
+        self._dropped.append(taken[0])
+
+    def _after_fork(self) -> None:
+        """In the new process there is nobody who has these locks, nor a thread that looks at ages."""
+        self._lock = threading.Lock()
+        self._ageing = _Ageing(self)
 
     def join(self, cache: Cache, *, shares: bool = True) -> None:
         """Have the parameters apply to *cache*, until it leaves.
@@ -201,6 +220,11 @@ class Parameters:
         """Have :meth:`Cache.evict_old` of every cache called from time to time, from now on."""
         self._ageing.start()
 
+    @property
+    def ageing(self) -> bool:
+        """Whether that is so."""
+        return self._ageing.running
+
     def _tell_sharers(self) -> None:
         with self._lock:
             sharers = list(self._sharers)
@@ -214,13 +238,17 @@ class _Ageing:
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
         self._changed = threading.Condition()
-        self._running = False
+        self.running = False
 
     def start(self) -> None:
         with self._changed:
-            if not self._running:
+            if self.running:
+                return
+            try:
                 threading.Thread(target=self._run, name="bufio ageing", daemon=True).start()
-                self._running = True
+            except RuntimeError:
+                return  # no thread can be had: nobody who wants a block should fail for that, and the next one tries
+            self.running = True
 
     def wake(self) -> None:
         with self._changed:
@@ -232,7 +260,7 @@ class _Ageing:
             with self._changed:
                 caches = parameters.caches()
                 if not caches:
-                    self._running = False
+                    self.running = False
                     return
                 # Nothing here may keep a cache alive that nobody else wants any more.
                 del caches

@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import threading
 import weakref
+from itertools import pairwise
 from operator import attrgetter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -734,7 +735,12 @@ class Core:
         size = self.block_size
         if numbers[-1] - numbers[0] == len(numbers) - 1:
             return split(home.offset + numbers[0] * size, views, size)
-        return coalesce([home.offset + number * size for number in numbers], views)
+        # As coalesce would, but for blocks of one size only the numbers matter.
+        firsts = [at for at, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
+        extents: list[Extent] = []
+        for first, end in pairwise([0, *firsts, len(numbers)]):
+            extents += split(home.offset + numbers[first] * size, views[first:end], size)
+        return extents
 
     def _dirty_extents(
         self, home: CachedDevice, batch: list[CachedBlock], numbers: list[int]

@@ -302,6 +302,7 @@ class MemoryDevice:
 
     def __init__(self, contents: int | ReadableBuffer, name: str = "memory") -> None:
         self._bytes = bytearray(contents)
+        self._view = memoryview(self._bytes)
         self._name = name
         self._read_only = False
 
@@ -319,7 +320,9 @@ class MemoryDevice:
 
     def grow(self, size_bytes: int) -> None:
         """Make the device larger, with zeros."""
+        self._view.release()
         self._bytes.extend(bytes(size_bytes - len(self._bytes)))
+        self._view = memoryview(self._bytes)
 
     def contents(self) -> bytes:
         """Return a copy of everything on the device."""
@@ -342,6 +345,15 @@ class MemoryDevice:
             offset += memoryview(buffer).nbytes
 
     def pwrite(self, data: ReadableBuffer, offset: int) -> None:
+        end = offset + len(data)
+        if offset >= 0 and end <= len(self._bytes):
+            try:
+                # What a cache writes; assigned to the bytearray itself it would be copied twice.
+                self._view[offset:end] = data
+                return
+            except ValueError:
+                # Not a view of bytes, or the device is just growing.
+                pass
         view = memoryview(data).cast("B")
         self._bytes[self._range(offset, view.nbytes, "write")] = view
 

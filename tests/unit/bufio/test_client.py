@@ -10,6 +10,7 @@ import pytest
 
 from bufio import Client, HoldError, WouldDeadlock, parameters
 from bufio.core import BUFFER_OVERHEAD_BYTES
+from bufio.engine import MAX_COALESCED_BYTES
 from bufio.testing import Call
 from tests.support.bufio import (
     DEADLINE,
@@ -278,6 +279,21 @@ def test_dirty_buffers_are_written_in_order_neighbours_together_then_flushed(
     device.log.clear()
     client.write_dirty_buffers()
     assert device.log == [Call("flush")]
+
+
+def test_long_run_beside_others_is_written_in_parts() -> None:
+    device = FaultyMemory(300 * SIZE)
+    longest = MAX_COALESCED_BYTES // SIZE
+    with Client(device, SIZE, cache_bytes=4 << 20) as client:
+        for block in (0, *range(2, 2 + longest + 1), 290):
+            dirty(client, block, 1)
+        client.write_dirty_buffers()
+    assert device.ops("write") == [
+        (0, SIZE),
+        (2 * SIZE, longest * SIZE),
+        ((2 + longest) * SIZE, SIZE),
+        (290 * SIZE, SIZE),
+    ]
 
 
 def test_only_the_changed_part_is_written(device: FaultyMemory, client: Client) -> None:

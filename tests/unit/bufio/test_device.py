@@ -28,6 +28,20 @@ def test_memory_beyond_the_end_cannot_be_written() -> None:
     assert device.contents()[98:103] == b"12345"
 
 
+def test_memory_is_written_from_a_view_of_any_items() -> None:
+    device = MemoryDevice(100)
+    for items in (
+        memoryview(b"12345678"),
+        memoryview(b"12345678").cast("Q"),
+        memoryview(b"12345678").cast("B", (2, 4)),
+    ):
+        device.pwrite(bytes(8), 92)
+        device.pwrite(items, 92)
+        assert device.contents()[92:] == b"12345678"
+        with pytest.raises(OSError, match="beyond the end"):
+            device.pwrite(items, 93)
+
+
 # Files
 
 

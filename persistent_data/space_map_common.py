@@ -335,7 +335,13 @@ class BitmapCounts:
         byte = data[at]
         code = byte >> shift & 3
         if code == _ONE:
-            self._gave_back(bit, entry)
+            # As _gave_back; written out because every removal of a mapping does this for its data block.
+            self.nr_allocated -= 1
+            entry.nr_free = entry.nr_free + 1 & _MASK_32_BITS
+            if bit < entry.none_free_before:
+                entry.none_free_before = bit
+            if index == self._busy_index:
+                self._busy[bit] = self._old_busy[bit]
             data[at] = byte & ~(3 << shift)
         elif code == _TWO:
             data[at] = byte ^ 3 << shift

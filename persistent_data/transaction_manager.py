@@ -17,7 +17,7 @@ from persistent_data.errors import WouldBlock
 from persistent_data.space_map import runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from bufio import Buffer
     from persistent_data.block_manager import BlockManager, Validator, View
@@ -35,9 +35,9 @@ class TransactionManager:
         self._peek = bm.peek
         self._client = bm.client
         self._shadows: set[int] = set()
-        """Blocks allocated since the last commit."""
+        """Blocks allocated since the last commit, those in :attr:`exclusive` excepted."""
         self.exclusive: set[int] = set()
-        """Those of them that are known to have one reference: they are changed in place.
+        """Blocks allocated since the last commit that are known to have one reference: they are changed in place.
 
         Whoever adds a reference to a metadata block does so through this class, which takes it out of here.
         """
@@ -59,7 +59,6 @@ class TransactionManager:
         """
         block = self.sm.new_block()
         view = self.bm.borrow_zeroed(block, validator)
-        self._shadows.add(block)
         self.exclusive.add(block)
         return view
 
@@ -87,7 +86,8 @@ class TransactionManager:
         if self.move_to_new_block(view.buffer):
             return view, False
         shared = self.sm.more_than_one(block)
-        if block in self._shadows and not shared:
+        if not shared and (block in self._shadows or block in self.exclusive):
+            self._shadows.discard(block)
             self.exclusive.add(block)
             return self.bm.borrow_for_write(block, validator), False
         new = self.sm.new_block()
@@ -96,7 +96,6 @@ class TransactionManager:
             view = self.bm.borrow_copy(view, new)
         else:
             self.bm.move(view, new)
-        self._shadows.add(new)
         self.exclusive.add(new)
         return view, shared
 
@@ -106,13 +105,12 @@ class TransactionManager:
         :returns: whether it was done; if not, nothing was, and :meth:`shadow_block` does it
         """
         block = buffer.block_number
-        if block in self._shadows or self.bm.read_only:
+        if block in self._shadows or block in self.exclusive or self.bm.read_only:
             return False
         new = self.sm.replace(block)
         if new is None:
             return False
         self._client.move(buffer, new)
-        self._shadows.add(new)
         self.exclusive.add(new)
         return True
 
@@ -124,8 +122,7 @@ class TransactionManager:
 
     def inc(self, block: int) -> None:
         """Add a reference to one metadata block."""
-        self.exclusive.discard(block)
-        self.settled.clear()
+        self._not_exclusive((block,))
         self.sm.inc(block, block + 1)
 
     def dec(self, block: int) -> None:
@@ -135,9 +132,15 @@ class TransactionManager:
 
     def inc_range(self, begin: int, end: int) -> None:
         """Add a reference to each block of ``[begin, end)``."""
-        self.exclusive.difference_update(range(begin, end))
-        self.settled.clear()
+        self._not_exclusive(range(begin, end))
         self.sm.inc(begin, end)
+
+    def _not_exclusive(self, blocks: Collection[int]) -> None:
+        """Note that *blocks* may have more than one reference from now on."""
+        moved = self.exclusive.intersection(blocks)
+        self._shadows |= moved
+        self.exclusive -= moved
+        self.settled.clear()
 
     def dec_range(self, begin: int, end: int) -> None:
         """Take a reference from each block of ``[begin, end)``."""
@@ -166,8 +169,7 @@ class TransactionManager:
 
     def forget_exclusive(self) -> None:
         """Look at every block's count again before it is changed in place: the block manager's mode has changed."""
-        self.exclusive.clear()
-        self.settled.clear()
+        self._not_exclusive(self.exclusive)
 
     def pre_commit(self) -> None:
         """First phase of a commit: write the space map, and put everything but the superblock on the device."""

@@ -120,6 +120,22 @@ def test_every_way_to_share_a_block_is_noticed(store: Store, tm: TransactionMana
     assert was_shared
 
 
+def test_block_of_this_transaction_that_is_not_shared_any_more_is_changed_in_place(tm: TransactionManager) -> None:
+    block = tm.new_block(KIND).block
+    for _ in range(2):
+        tm.inc(block)
+        tm.dec(block)
+        view, was_shared = tm.shadow_block(block, KIND)
+        assert (view.block, was_shared) == (block, False)
+    tm.forget_exclusive()
+    view, was_shared = tm.shadow_block(block, KIND)
+    assert (view.block, was_shared) == (block, False)
+    tm.inc(block)
+    view, was_shared = tm.shadow_block(block, KIND)
+    assert view.block != block
+    assert was_shared
+
+
 def test_block_shadowed_twice_is_the_same_until_the_commit(store: Store, tm: TransactionManager) -> None:
     old = committed_block(store)
     first, _ = tm.shadow_block(old, KIND)

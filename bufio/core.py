@@ -242,8 +242,10 @@ class WriteBack:
                 for buffer in batch:
                     buffer.writing = None
                     buffer.write_error = None
-            self.remaining -= len(batch)
-            core.nr_writing -= len(batch)
+            # No call in between, at which a signal could keep the second from happening.
+            nr_done = len(batch)
+            self.remaining -= nr_done
+            core.nr_writing -= nr_done
             if self._gate is not None and not self.remaining:
                 self._gate.release()
             core.notify()
@@ -514,14 +516,16 @@ class Core:
         except OSError as failure:
             error = failure
         finally:
-            self.lock.acquire()
-            # As arrived(), but without a call on the way, at which a signal could keep it from happening.
-            if arrived:
-                home.table[block] = buffer
-                self.clean[buffer] = None
-            del home.arriving[block]
-            self.nr_reading -= 1
-            self.counters.reads += 1
+            try:
+                self.lock.acquire()
+            finally:
+                # As arrived(), but without a call on the way, at which a signal could keep it from happening.
+                if arrived:
+                    home.table[block] = buffer
+                    self.clean[buffer] = None
+                del home.arriving[block]
+                self.nr_reading -= 1
+                self.counters.reads += 1
             if not arrived:
                 # Whoever waits has the object, not the table: leave the error where they look.
                 buffer.aux = error or OSError(errno.EIO, f"read of block {block} was interrupted", home.device.name)

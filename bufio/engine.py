@@ -258,8 +258,8 @@ class AsyncEngine:
                         # In the same step: whoever has work now must not count on this thread.
                         self._end_thread()
                         return None
-                # Somebody was about to wake it all the same.
-                wake.acquire()
+                # Somebody has woken it all the same, or was interrupted before that: there is nothing to wait for.
+                wake.acquire(blocking=False)
 
     def _wake_all(self) -> None:
         while self._idle:

@@ -19,7 +19,8 @@ class HoldError(ValueError):
 
 
 class WouldDeadlock(OSError):
-    """No buffer can be had, and no other thread can give one back: every one is held by the thread that asks.
+    """No buffer can be had, and no thread will give one back: every one is held by the thread that asks, or by others
+    that wait in vain for one as well.
 
     ``blocks`` names the held blocks.  Release one, or give the client more memory or more reserved buffers.
     """

@@ -351,6 +351,59 @@ def test_ages_are_looked_at_in_a_forked_process_too(memory: MemoryDevice, monkey
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_thread_that_nobody_woke_after_all_works_again(
+    memory: MemoryDevice, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt came after it was taken off the list of the idle: it waited for ever, and whoever drained too."""
+    monkeypatch.setattr(bufio.engine, "_IDLE_SECONDS", 0.05)
+    engine = AsyncEngine(max_in_flight=1)
+    client = Client(memory, SIZE, engine=engine)
+    client.prefetch(0)
+    wait_until(lambda: bool(engine._idle))
+    with engine._lock:
+        engine._idle.pop()
+    result_of(threads.submit(engine.drain))
+    client.prefetch(1)
+    client.read(1).release()
+    client.close()
+    result_of(threads.submit(engine.close))
+
+
+def test_interrupt_when_a_read_has_the_lock_again_leaves_nothing_to_wait_for(
+    memory: MemoryDevice, threads: Threads
+) -> None:
+    class Interrupted:
+        """A lock that is taken, and the signal comes."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.acquire_calls = 0
+
+        def acquire(self) -> None:
+            self.lock.acquire()
+            self.acquire_calls += 1
+            if self.acquire_calls == 1:
+                raise KeyboardInterrupt
+
+        def release(self) -> None:
+            self.lock.release()
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            self.lock.release()
+
+    client = Client(memory, SIZE)
+    lock: Any = Interrupted()
+    client._core.lock = client._lock = lock
+    with pytest.raises(KeyboardInterrupt):
+        client.read(1)
+    result_of(threads.submit(lambda: client.read(1).release()))
+    assert client.stats.cached == 1
+    client.close()
+
+
 def test_interrupted_read_ahead_of_a_bcache_leaves_nothing_to_wait_for(
     device: FaultyDevice[MemoryDevice], threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:

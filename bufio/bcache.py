@@ -231,12 +231,12 @@ class Bcache:
                     self._zero_tail(block)
                     fresh.append(block)
                     core.expect(block)
+                if fresh:
+                    self._counters.prefetches += len(fresh)
+                    core.start_read(home, fresh)
             except BaseException:
                 core.cancel_reads(fresh)
                 raise
-            if fresh:
-                self._counters.prefetches += len(fresh)
-                core.start_read(home, fresh)
 
     # Writing
 

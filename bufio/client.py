@@ -335,12 +335,12 @@ class Client:
                 end = min(end, self.device_size)
             try:
                 self._create_absent(range(max(0, block), end), fresh)
+                if fresh:
+                    self._counters.misses += len(fresh)
+                    self._core.start_read(self._home, fresh)
             except BaseException:
                 self._core.cancel_reads(fresh)
                 raise
-            if fresh:
-                self._counters.misses += len(fresh)
-                self._core.start_read(self._home, fresh)
 
     def _create_absent(self, blocks: range, fresh: list[CachedBlock]) -> None:
         """Add to *fresh* a buffer, marked as arriving, for each block that is not cached, as far as there is room."""

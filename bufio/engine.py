@@ -210,8 +210,8 @@ class AsyncEngine:
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._serve, name="bufio", daemon=True)
-        self._threads.add(thread)
         try:
+            self._threads.add(thread)
             thread.start()
         except BaseException as error:
             # An interrupt may come when it runs already: it adds itself again then.

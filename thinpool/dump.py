@@ -20,11 +20,10 @@ from persistent_data.btree_walk import (
 )
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
-from thinpool.errors import Corrupt
 from thinpool.ir import Device
 from thinpool.layout import TIME_BITS, TIME_MASK
 from thinpool.pool_reader import PoolReader
-from thinpool.trees import MAPPING_KIND, MAPPING_TREE
+from thinpool.trees import DATA_BLOCK_OUTSIDE, MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     import bufio.device
     from thinpool.ir import Visitor
     from thinpool.trees import DeviceEntry
-
-DATA_BLOCK_OUTSIDE = "data block outside the data device"
-MAPPED_BLOCKS = "mapped_blocks is wrong"
 
 _NEXT_BLOCK = 1 << TIME_BITS
 """What two mappings of one run differ by: the following data block, the same time."""
@@ -409,12 +405,7 @@ class _Emitter:
                 self._visitor.shared(leaves.blocks[leaf])
         found += self._stream(iter(own), entry)
         leaves.check_geometry(number, entry)
-        if found != entry.mapped_blocks:
-            message = (
-                f"Thin device {entry.dev_id} has unexpected number of mappings, "
-                f"expected {entry.mapped_blocks}, actual {found}"
-            )
-            raise Corrupt(entry.root, MAPPED_BLOCKS, message=f"{self._pool.prefix}{message} (root block {entry.root})")
+        self._pool.check_nr_mappings(entry, found)
 
     def _stream(self, leaves: Iterator[int], entry: DeviceEntry | None) -> int:
         """Pass on the mappings of consecutive leaves as runs; return their number."""

@@ -12,11 +12,9 @@ from persistent_data.btree_walk import NoVisitor
 from persistent_data.damage import FATAL, Damage, Fault
 from persistent_data.node_check import check_node
 from persistent_data.ref_counts import RefCounts
-from thinpool.dump import DATA_BLOCK_OUTSIDE
-from thinpool.errors import Corrupt
 from thinpool.layout import TIME_BITS
 from thinpool.pool_reader import PoolReader
-from thinpool.trees import MAPPING_KIND, MAPPING_TREE
+from thinpool.trees import DATA_BLOCK_OUTSIDE, MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -181,12 +179,7 @@ class _Counter(NoVisitor):
             assert summary is not None, "the walk raises at damage"
             row.mapped = row.exclusive = summary.nr_entries
             row.highest = summary.high if summary.nr_entries else -1
-            if row.mapped != row.device.mapped_blocks:
-                message = (
-                    f"Thin device {row.device.dev_id} has unexpected number of mappings, "
-                    f"expected {row.device.mapped_blocks}, actual {row.mapped} (root block {row.device.root})"
-                )
-                raise Corrupt(row.device.root, "mapped_blocks is wrong", message=message)
+            self._pool.check_nr_mappings(row.device, row.mapped)
         if self._ownership and (self._reached_again or self._counts.any_shared()):
             for block in self._reached_again:
                 self._mark_shared(block)

@@ -16,11 +16,10 @@ from persistent_data.btree_walk import (
 )
 from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import OUTSIDE_DEVICE, check_node
-from thinpool.dump import DATA_BLOCK_OUTSIDE
 from thinpool.errors import ThinError
 from thinpool.layout import TIME_BITS
 from thinpool.mapping_walk import MappingWalk, Subtree
-from thinpool.trees import MAPPING_KIND, MAPPING_TREE
+from thinpool.trees import DATA_BLOCK_OUTSIDE, MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

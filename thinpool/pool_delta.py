@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from persistent_data.read_ahead import ReadAhead
 from thinpool.differences import DIFFERENT, LEFT_ONLY, RIGHT_ONLY, SAME, differences
-from thinpool.dump import MAPPED_BLOCKS
-from thinpool.errors import Corrupt, NoSuchDevice
+from thinpool.errors import NoSuchDevice
 from thinpool.mapping_nodes import MappingNodes
 from thinpool.pool_reader import PoolReader
 
@@ -95,12 +94,5 @@ class PoolDelta:
             self._check_count(self.right, in_both + nr_blocks[RIGHT_ONLY])
 
     def _check_count(self, tree: Thin | Root, found: int) -> None:
-        if isinstance(tree, Root):
-            return
-        entry = self._devices[tree.dev_id]
-        if found != entry.mapped_blocks:
-            message = (
-                f"{self._pool.prefix}Thin device {entry.dev_id} has unexpected number of mappings, "
-                f"expected {entry.mapped_blocks}, actual {found} (root block {entry.root})"
-            )
-            raise Corrupt(entry.root, MAPPED_BLOCKS, message=message)
+        if isinstance(tree, Thin):
+            self._pool.check_nr_mappings(self._devices[tree.dev_id], found)

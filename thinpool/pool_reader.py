@@ -17,6 +17,7 @@ from thinpool.superblock_check import superblock_fault
 from thinpool.trees import (
     DETAILS_KIND,
     DETAILS_TREE,
+    MAPPED_BLOCKS,
     SNAP_PREFIX,
     TOP_LEVEL,
     TOP_LEVEL_KIND,
@@ -115,6 +116,18 @@ class PoolReader:
         """Raise :class:`Corrupt` for damage in *tree*."""
         message = describe_damage(damage, self.prefix + tree, dev_id)
         raise Corrupt(damage.block, damage.fault.rule, message=message)
+
+    def check_nr_mappings(self, entry: DeviceEntry, found: int) -> None:
+        """Compare the number of mappings found in a device's tree with that of its details.
+
+        :raises Corrupt: they differ
+        """
+        if found != entry.mapped_blocks:
+            message = (
+                f"{self.prefix}Thin device {entry.dev_id} has unexpected number of mappings, "
+                f"expected {entry.mapped_blocks}, actual {found} (root block {entry.root})"
+            )
+            raise Corrupt(entry.root, MAPPED_BLOCKS, message=message)
 
     def devices(self) -> list[DeviceEntry]:
         """Return every device, ascending by id.

@@ -23,6 +23,8 @@ METADATA_SPACE_MAP = "metadata space map"
 SNAP_PREFIX = "metadata snap: "
 """Precedes the name of a tree that belongs to the metadata snapshot."""
 NODE_ERROR = "node error: "
+DATA_BLOCK_OUTSIDE = "data block outside the data device"
+MAPPED_BLOCKS = "mapped_blocks is wrong"
 
 DETAILS_KIND = TreeKind(DETAILS_TREE, DEVICE_DETAILS.size)
 TOP_LEVEL_KIND = TreeKind(TOP_LEVEL, 8)

@@ -42,6 +42,15 @@ class DataRun(NamedTuple):
     data_begin: int
     length: int
 
+    def joined_with(self, following: DataRun) -> DataRun | None:
+        """Return both as one run, None if *following* does not go on where this one ends."""
+        if (
+            following.thin_begin == self.thin_begin + self.length
+            and following.data_begin == self.data_begin + self.length
+        ):
+            return self._replace(length=self.length + following.length)
+        return None
+
     def from_offset(self, offset: int) -> DataRun:
         """Return what follows the first *offset* blocks."""
         return DataRun(self.thin_begin + offset, self.data_begin + offset, self.length - offset)

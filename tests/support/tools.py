@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TOOLS = ["thin_check", "thin_delta", "thin_dump", "thin_ls"]
+TOOLS = ["thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_rmap"]
 #: Options without which a tool does nothing, such that it has something to do with most images.
-NEEDED = {"thin_delta": ("--thin1", "0", "--thin2", "1")}
+NEEDED = {"thin_delta": ("--thin1", "0", "--thin2", "1"), "thin_rmap": ("--region", "0..16384")}
 #: Tools without an operand.
 OPTION_TOOLS = ["thin_metadata_size"]
 

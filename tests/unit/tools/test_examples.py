@@ -27,7 +27,7 @@ def examples(tool: str) -> list[tuple[str, str]]:
 
 
 #: What meta.img is in the examples of a tool, where it is not "mixed".
-IMAGES = {"thin_delta": "transaction_id"}
+IMAGES = {"thin_delta": "transaction_id", "thin_rmap": "transaction_id"}
 
 
 @pytest.mark.parametrize("tool", [*IMAGES, *OPTION_TOOLS])

@@ -158,8 +158,13 @@ class Node(View):
 
     def delete_at(self, index: int) -> None:
         """Remove entry *index*."""
-        if index + 1 < self.nr_entries:
-            self.slide(index + 1, index)
+        words = self.words
+        slot = FIRST_SLOT + index
+        last = self.end - 1
+        nr_max = self.max_entries
+        if slot < last:
+            words[slot:last] = words[slot + 1 : last + 1]
+            words[slot + nr_max : last + nr_max] = words[slot + 1 + nr_max : last + 1 + nr_max]
         self.set_nr_entries(self.nr_entries - 1)
 
     def slide(self, source: int, target: int) -> None:
@@ -217,6 +222,11 @@ class WideNode(Node):
         self.words[FIRST_SLOT + index] = key
         self.set_value(index, value)
         self.set_nr_entries(self.nr_entries + 1)
+
+    def delete_at(self, index: int) -> None:
+        if index + 1 < self.nr_entries:
+            self.slide(index + 1, index)
+        self.set_nr_entries(self.nr_entries - 1)
 
     def values(self) -> list[Value]:
         return [self.value(index) for index in range(self.nr_entries)]

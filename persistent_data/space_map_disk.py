@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _NR_SLOTS = 64
 _GOLDEN_PRIME = 4294967291
+_SLOT_FACTOR = _GOLDEN_PRIME % _NR_SLOTS
+"""The kernel takes the product modulo 2**32, then modulo 64: so of the factor, too, only the low bits matter."""
+
+
+def slot_of(index: int) -> int:
+    """Return the slot in which the entry of bitmap *index* is kept."""
+    return index * _SLOT_FACTOR % _NR_SLOTS
 
 
 class IndexTree:
@@ -34,7 +41,7 @@ class IndexTree:
         self.changed = False
 
     def load(self, index: int, /) -> IndexEntry:
-        number = index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS
+        number = index * _SLOT_FACTOR % _NR_SLOTS  # slot_of, without a call
         entry = self._slots[number]
         if entry is not None:
             if entry.index == index:
@@ -45,12 +52,12 @@ class IndexTree:
         return entry
 
     def read(self, index: int, /) -> IndexEntry:
-        entry = self._slots[index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS]
+        entry = self._slots[index * _SLOT_FACTOR % _NR_SLOTS]
         return entry if entry is not None and entry.index == index else self._lookup(self.root, index)
 
     def save(self, entry: IndexEntry) -> None:
         self.changed = True
-        number = entry.index * _GOLDEN_PRIME % 0x100000000 % _NR_SLOTS
+        number = slot_of(entry.index)
         other = self._slots[number]
         if other is not None and other.index != entry.index and other.dirty:
             self._write_back(other)

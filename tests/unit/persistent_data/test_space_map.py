@@ -10,6 +10,7 @@ import pytest
 from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataError, NoFreeBlock, NoFreeMetadataBlock
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
 from persistent_data.space_map import runs
+from persistent_data.space_map_disk import slot_of
 from persistent_data.space_map_metadata import MetadataSpaceMap
 from tests.support.space_maps import KINDS, Subject
 from tests.support.trees import Store, recount
@@ -308,6 +309,11 @@ def test_data_map_counts_freed_blocks_as_free_at_once() -> None:
     assert subject.map.nr_free == 100
     subject.map.inc(50, 60)
     assert subject.map.nr_free == 90
+
+
+def test_entries_are_in_the_slots_of_the_kernels_hash() -> None:
+    indexes = [*range(1000), 2**32 - 1, 2**32, 2**40 + 7]
+    assert [slot_of(index) for index in indexes] == [index * 4294967291 % 2**32 % 64 for index in indexes]
 
 
 def test_data_map_with_more_bitmaps_than_cached_entries() -> None:

@@ -11,7 +11,16 @@ from ._cli import EXIT_FAILURE, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TOOLS = ("thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_metadata_size", "thin_rmap")
+TOOLS = (
+    "thin_check",
+    "thin_delta",
+    "thin_dump",
+    "thin_ls",
+    "thin_metadata_pack",
+    "thin_metadata_size",
+    "thin_metadata_unpack",
+    "thin_rmap",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

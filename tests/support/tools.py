@@ -19,7 +19,7 @@ TOOLS = ["thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_rmap"]
 #: Options without which a tool does nothing, such that it has something to do with most images.
 NEEDED = {"thin_delta": ("--thin1", "0", "--thin2", "1"), "thin_rmap": ("--region", "0..16384")}
 #: Tools without an operand.
-OPTION_TOOLS = ["thin_metadata_size"]
+OPTION_TOOLS = ["thin_metadata_pack", "thin_metadata_size", "thin_metadata_unpack"]
 
 
 class Result(NamedTuple):

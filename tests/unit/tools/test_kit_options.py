@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.fixtures import DATA, image_path
 from tests.support.tools import OPTION_TOOLS, ROOT, command, run_process, run_tool
 from thinpool.version import VERSION
 
@@ -22,7 +23,12 @@ pytestmark = pytest.mark.parametrize("tool", OPTION_TOOLS)
 @pytest.fixture
 def working(tool: str, tmp_path: Path) -> list[str]:
     """A command line that works, again and again."""
-    return ["-b", "64k", "-s", "1t", "-m", "1000"]
+    if tool == "thin_metadata_size":
+        return ["-b", "64k", "-s", "1t", "-m", "1000"]
+    source = image_path("transaction_id", tmp_path)
+    if tool == "thin_metadata_unpack":
+        source = DATA / "packs" / "transaction_id.pack"
+    return ["-i", str(source), "-f", "-o", str(tmp_path / "output")]
 
 
 def test_it_runs_as_a_program(tool: str, working: list[str]) -> None:
@@ -60,8 +66,9 @@ def test_what_it_does_not_know_is_a_usage_error(tool: str, bad: str, working: li
 
 
 def test_what_it_needs_is_named(tool: str, working: list[str]) -> None:
-    for at in range(0, len(working), 2):
-        result = run_tool(tool, *working[:at], *working[at + 2 :])
+    pairs = [[option, working[at + 1]] for at, option in enumerate(working) if option[0] == "-" and option != "-f"]
+    for left_out in pairs:
+        result = run_tool(tool, *(word for pair in pairs if pair is not left_out for word in pair))
         assert (result.status, result.stdout) == (64, b"")
         assert result.stderr.startswith("error: the following required arguments were not provided:\n  --")
         assert result.stderr.count("\n  --") == 1

@@ -40,7 +40,7 @@ class Block(CachedBlock):
 
     ``data`` is a view of its bytes, to be changed only if the block was got with a flag that says so.  Of the last
     block of a device that is not a whole number of blocks long, what lies beyond the end is zero when it is read, and
-    is not written.
+    is not written; of a device that was opened for direct access, its last incomplete sector is beyond the end.
     """
 
     __slots__ = ("exclusive",)
@@ -108,6 +108,8 @@ class Bcache:
         self._core = Core(self.block_size, engine, Block, fixed=nr_cache_blocks)
         self._lock = self._core.lock
         self._counters = BcacheStats()
+        self._given_up: list[CachedDevice] = []
+        """Aborted devices, to which blocks were written before that the next flush has to make durable."""
         self._closed = False
 
     @property
@@ -247,7 +249,8 @@ class Bcache:
 
         :returns: the dirty blocks that were skipped because they are held, by device and index
         :raises BlocksNotWritten: EIO, naming the blocks; what could be written has been
-        :raises OSError: a device could not be flushed; what was written to it since the last flush is dirty again
+        :raises OSError: a device could not be flushed (the others are); what was written to it since the last flush is
+            dirty again
         """
         with self._lock:
             self._require_open()
@@ -257,8 +260,16 @@ class Bcache:
             core.wait_for_transfers()
             errored, skipped = self._left_dirty(core.dirty)
             homes = [(home, failed) for home, failed in before if self._needs_flush(home, failed)]
-        for home, failed in homes:
-            core.flush(home, failed)
+            given_up, self._given_up = self._given_up, []
+        flush_error: OSError | None = None
+        for home, failed in homes + [(home, home.failed_flushes) for home in given_up]:
+            try:
+                core.flush(home, failed)
+            except OSError as error:
+                flush_error = flush_error or error
+        if flush_error is not None:
+            # Before the blocks in error: it says more, and they will be named by the next flush.
+            raise flush_error
         if errored:
             raise BlocksNotWritten(errored, skipped) from errored[0].write_error
         return skipped
@@ -386,6 +397,8 @@ class Bcache:
         """Forget a device of which nothing is cached, unless another thread has done so, and maybe more, already."""
         if self._core.devices.get(home.device) is home:
             del self._core.devices[home.device]
+            if home.unflushed:
+                self._given_up.append(home)
         self._core.notify()
 
     def _settle(self, home: CachedDevice) -> None:
@@ -499,7 +512,8 @@ class Bcache:
                     names = ", ".join(f"{block.index} of {block.device.name}" for block in held)
                     raise HoldError(f"closed while blocks are held: {names}")
                 busy = core.dirty or core.nr_reading or core.nr_writing
-                if not busy and not any(home.unflushed or home.flushing for home in core.devices.values()):
+                unflushed = any(home.unflushed or home.flushing for home in core.devices.values())
+                if not (busy or unflushed or self._given_up):
                     for block in blocks:
                         core.destroy(block)
                     core.devices.clear()
@@ -526,6 +540,9 @@ class Bcache:
         if home is None:
             home = CachedDevice(device, self)
             size = device.size_bytes
+            if getattr(device, "direct", False):
+                # Part of a sector cannot be transferred.
+                size -= size % _SECTOR_BYTES
             # The last block may be cut short.
             home.nr_blocks = -(-size // self.block_size)
             home.end_bytes = size if size % self.block_size else None
@@ -561,8 +578,13 @@ class Bcache:
         if core.nr_reading or core.nr_writing:
             core.wait()
             return None
-        held = [block for other in core.devices.values() for block in other.table.values() if block.holders]
         errored, _ = self._left_dirty(core.dirty)
+        if errored:
+            # The last resort, since nothing else can be had: they may be writable again.
+            self._start_writing(list(errored), waiting=True)
+            if any(block.write_error is None for block in errored):
+                return None
+        held = [block for other in core.devices.values() for block in other.table.values() if block.holders]
         if errored and not held:
             # Nobody will give anything back: all there is is dirty and cannot be written.
             raise BlocksNotWritten(errored, []) from errored[0].write_error

@@ -525,9 +525,14 @@ class Client:
                 pending = [b for b in in_flight if b.dirty and self._table.get(b.block_number) is b]
             core.wait_for_transfers(reads=False)
             error, home.write_error = home.write_error, None
+        try:
+            # Also after an error: what could be written shall be durable.
+            core.flush(home, failed_flushes)
+        except OSError:
+            if error is None:
+                raise
         if error is not None:
             raise error
-        core.flush(home, failed_flushes)
 
     def issue_flush(self) -> None:
         """Have the device make durable what was written to it.

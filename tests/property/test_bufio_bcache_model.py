@@ -475,8 +475,7 @@ class BcacheMachine(RuleBasedStateMachine):
 BcacheMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck), print_blob=True, phases=set(Phase) - {Phase.explain}
 )
-reported = pytest.mark.xfail(reason="blocks stay in error once written; invalidate_device skips a flush", strict=False)
-TestBcacheMachine = reported(BcacheMachine.TestCase)
+TestBcacheMachine = BcacheMachine.TestCase
 
 
 def take_a_walk(rng: random.Random, nr_steps: int) -> None:
@@ -519,7 +518,6 @@ def take_a_walk(rng: random.Random, nr_steps: int) -> None:
         machine.teardown()
 
 
-@reported
 @pytest.mark.parametrize("seed", range(settings().max_examples))
 def test_a_random_walk_agrees_with_the_model(seed: int) -> None:
     take_a_walk(random.Random(seed), 300)

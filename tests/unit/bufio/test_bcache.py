@@ -263,6 +263,20 @@ def test_last_block_may_be_cut_short(engine: Engine, tail: int) -> None:
     assert device.contents()[3 * SIZE :] == bytes([6]) * tail
 
 
+def test_incomplete_sector_of_a_direct_device_is_beyond_its_end(engine: Engine) -> None:
+    """With O_DIRECT its transfer is EINVAL."""
+
+    class DirectDevice(FaultyMemory):
+        direct = True
+
+    device = DirectDevice(bytes([9]) * (SIZE + 1024 + 100))
+    with Bcache(SECTORS, NR_CACHED, engine) as cache:
+        change(cache, device, 1, 8)
+        with pytest.raises(OSError, match="beyond the end"):
+            cache.read_bytes(device, SIZE + 1024, 1)
+    assert device.contents() == bytes([9]) * SIZE + bytes([8]) * 1024 + bytes([9]) * 100
+
+
 def test_size_is_looked_at_again_when_the_device_was_given_up(cache: Bcache) -> None:
     device = FaultyMemory(bytes(SIZE + 512))
     change(cache, device, 1, 5)
@@ -330,6 +344,45 @@ def test_cache_full_of_what_cannot_be_written_says_so(cache: Bcache, device: Fau
     device.clear()
     cache.flush()
     assert look(cache, device, 40) == content(40)[0]
+
+
+def test_blocks_in_error_are_tried_again_when_nothing_else_can_be_had(cache: Bcache, device: FaultyMemory) -> None:
+    held = cache.get(device, 50)
+    device.on("write").fail()
+    for index in range(NR_CACHED - 1):
+        change(cache, device, index, 60 + index)
+    with pytest.raises(WouldDeadlock):
+        cache.get(device, 40)
+    device.clear()
+    assert look(cache, device, 40) == content(40)[0]
+    held.put()
+    cache.flush()
+    assert [on_device(device, index) for index in range(NR_CACHED - 1)] == [60 + n for n in range(NR_CACHED - 1)]
+
+
+def test_failed_barrier_of_one_device_does_not_keep_the_others_from_theirs(
+    cache: Bcache, device: FaultyMemory, other: FaultyMemory
+) -> None:
+    change(cache, device, 1, 5)
+    change(cache, other, 1, 6)
+    device.on("flush", times=1).fail()
+    with pytest.raises(OSError, match="flush"):
+        cache.flush()
+    assert [call.kind for call in other.log] == ["write", "flush"]
+    assert cache.stats.dirty == 1
+
+
+def test_what_was_written_before_an_abort_is_made_durable_by_the_next_flush(
+    cache: Bcache, device: FaultyMemory
+) -> None:
+    change(cache, device, 1, 5)
+    cache.invalidate(device, 1)
+    cache.abort_device(device)
+    assert device.ops("flush") == []
+    cache.flush()
+    assert len(device.ops("flush")) == 1
+    cache.flush()
+    assert len(device.ops("flush")) == 1
 
 
 def test_failed_barrier_makes_dirty_again_what_it_covered(cache: Bcache, device: FaultyMemory) -> None:

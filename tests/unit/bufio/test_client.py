@@ -353,6 +353,16 @@ def test_write_error_of_a_synchronous_write_leaves_it_dirty(device: FaultyMemory
     assert on_device(device, 3) == 99
 
 
+def test_what_can_be_written_is_durable_although_something_else_cannot(device: FaultyMemory, client: Client) -> None:
+    device.on("write", blocks=[3]).fail()
+    for block in (1, 3, 5):
+        dirty(client, block, 100)
+    with pytest.raises(OSError, match="write"):
+        client.write_dirty_buffers()
+    assert device.log[-1].kind == "flush"
+    assert client.stats.dirty == 1
+
+
 def test_failed_flush_leaves_everything_dirty(device: FaultyMemory, client: Client) -> None:
     for block in (3, 4):
         dirty(client, block, 99)

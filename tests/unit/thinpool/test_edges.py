@@ -6,6 +6,7 @@ Each test tells one story that once ended badly.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -365,6 +366,8 @@ class InterruptAtCall:
 
     def during(self, call: Callable[[], object]) -> BaseException | None:
         """Do it; returns what it raised."""
+        # What the collector would finalize now belongs to other tests, and swallows what is raised in it.
+        gc.disable()
         sys.setprofile(self)
         try:
             call()
@@ -372,6 +375,7 @@ class InterruptAtCall:
             return error
         finally:
             sys.setprofile(None)
+            gc.enable()
         return None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -11,7 +13,7 @@ import pytest
 from tests.support.fixtures import DAMAGED, GOOD, base_of, facts_of, image, image_path
 from tests.support.image import Image
 from tests.support.surgeon import Surgeon
-from tests.support.tools import Result, run_tool
+from tests.support.tools import NEEDED, ROOT, Result, run_tool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,3 +199,13 @@ def test_what_was_found_before_the_damage_is_written(tmp_path: Path) -> None:
     result = delta("--json", "--thin1", "1", "--thin2", "1", path)
     assert result.status == 64
     assert [json.loads(line)["type"] for line in result.stdout.splitlines()[:2]] == ["superblock", "diff"]
+
+
+@pytest.mark.parametrize("tool", ["thin_delta", "thin_rmap"])
+def test_they_start_without_what_they_do_not_need(tool: str, pool: Path) -> None:
+    program = f"import sys; from tools.{tool} import main; main({[*NEEDED[tool], str(pool)]}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "thinpool.mapping_nodes" in loaded
+    assert not loaded & {"argparse", "bufio.core", "construct", "dataclasses", "json", "numpy", "tempfile"}
+    assert not loaded & {"persistent_data.btree", "thinpool.compare", "thinpool.metadata"}, "the engine"

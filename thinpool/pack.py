@@ -71,6 +71,8 @@ _MAX_CHUNK_BYTES = 64 << 20
 _ZEROS_AT_A_TIME = 256 * BLOCK_SIZE
 _BATCH_FROM_NODES = 256
 """Nodes that are encoded one by one before numpy is loaded to encode the others in batches."""
+_BATCH_FROM_BYTES = 1 << 17
+"""Length of a stream from which on numpy is loaded to decode it."""
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 
@@ -296,6 +298,13 @@ class PackReader:
 
 def _entries(stream: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (block number, content) for the entries of a chunk."""
+    if len(stream) >= _BATCH_FROM_BYTES:
+        from thinpool.pack_batch import decode_entries
+
+        entries = decode_entries(stream)
+        if entries is not None:
+            yield from entries
+            return
     position = 0
     while position < len(stream):
         if len(stream) - position < BLOCK_NUMBER.size:

@@ -22,6 +22,7 @@ from tests.support import packs
 from tests.support.fixtures import BLOCK_SIZE, DAMAGED, DATA, GOOD, image
 from thinpool import pack as pack_module
 from thinpool.pack import PackError, PackReader, PackSummary, pack, unpack, verify_pack
+from thinpool.pack_batch import decode_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,6 +118,22 @@ def test_no_block_is_lost_whatever_the_size(nr_blocks: int) -> None:
 def test_batches_and_single_nodes_are_encoded_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one, in_batches = (_packed_from(name, limit, monkeypatch) for limit in (1 << 60, 0))
     assert one_by_one == in_batches
+
+
+@pytest.mark.parametrize("name", ["mixed", "many_devices", "random"])
+def test_chunks_are_decoded_alike_in_batches_and_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_file = packed(image(name))
+    found = []
+    for limit in (1 << 60, 0):
+        monkeypatch.setattr(pack_module, "_BATCH_FROM_BYTES", limit)
+        found.append(list(PackReader(io.BytesIO(pack_file)).blocks()))
+    assert found[0] == found[1]
+
+
+def test_the_usual_chunks_need_no_second_decoder() -> None:
+    for name in RECORDED:
+        for stream in packs.streams((DATA / "packs" / f"{name}.pack").read_bytes()):
+            assert decode_entries(stream) is not None
 
 
 def _packed_from(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> bytes:

@@ -36,7 +36,7 @@ from persistent_data.layout import (
     MAX_METADATA_BITMAPS,
 )
 from thinpool.errors import ThinError
-from thinpool.layout import Superblock, superblock_error
+from thinpool.layout import SUPERBLOCK_LOCATION, Superblock, superblock_error
 from thinpool.pack_encoding import BLOCK_NUMBER, BadEncoding, decode_block, encode_literal, encode_node
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ class PackReader:
         self._size = file.seek(0, os.SEEK_END)
         # By the place and the length of a chunk: the lowest and the highest block in it.
         self._ranges: dict[tuple[int, int], tuple[int, int]] = {}
+        self._seen = _BlockSet()
 
     @property
     def size_bytes(self) -> int:
@@ -272,13 +273,17 @@ class PackReader:
                 found.update((number, block) for number, block in entries if number in wanted)
         return found
 
+    def has(self, number: int) -> bool:
+        """Tell whether a block is in the pack, which :meth:`blocks` has been through."""
+        return number in self._seen
+
     def blocks(self, progress: Progress | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield (number, content) for each block in the pack, in the pack's order.
 
         :param progress: called after each chunk with the bytes of the file that are done and all of them
         :raises PackError: the pack is damaged or cut off
         """
-        seen = _BlockSet()
+        seen = self._seen = _BlockSet()
         for offset, length, stream in self.chunks():
             first, last = self.nr_blocks, 0
             try:
@@ -360,41 +365,41 @@ class _BlockSet:
             yield begin, end
 
 
-def verify_pack(reader: PackReader, *, incomplete: bool = False, progress: Progress | None = None) -> int:
-    """Read a pack from one end to the other and return the number of blocks in it.
+def verify_pack(reader: PackReader, *, incomplete: bool = False, progress: Progress | None = None) -> None:
+    """Read and decode a pack from one end to the other.
+
+    :param incomplete: accept a pack that :func:`verify_complete` does not
+    :raises PackError: it is damaged, cut off, or lacks blocks
+    """
+    for _ in reader.blocks(progress):
+        pass
+    if not incomplete:
+        verify_complete(reader)
+
+
+def verify_complete(reader: PackReader) -> None:
+    """Look whether a pack that has been read to its end has all the blocks that its pool uses.
 
     The format has no end mark: a file that ends between two chunks looks whole, and so does one whose packer lost a
     chunk.  But a pool counts references to its metadata blocks, and those that it uses belong in its pack.  What is a
     cache's or an era device's is not looked at so closely.
 
-    :param incomplete: accept a pack that lacks such blocks
-    :raises PackError: it is damaged, cut off, or lacks blocks
+    :raises PackError: it lacks blocks
     """
-    seen = _BlockSet()
-    superblock = None
-    nr_blocks = 0
-    for number, block in reader.blocks(progress):
-        seen.add(number)
-        nr_blocks += 1
-        if number == 0:
-            superblock = block
-    if incomplete:
-        return nr_blocks
+    superblock = reader.find({SUPERBLOCK_LOCATION}).get(SUPERBLOCK_LOCATION)
     if superblock is None:
         raise PackError("the pack file is cut off or was made of damaged metadata: it has no superblock")
-    if superblock_error(superblock) is None:
-        nr_missing = 0
-        first_missing = None
-        for number in _used_blocks(reader, Superblock.unpack(superblock).metadata_root):
-            if number not in seen:
-                nr_missing += 1
-                first_missing = number if first_missing is None else first_missing
-        if first_missing is not None:
-            raise PackError(
-                f"the pack file is cut off, or its packer lost blocks or left out damaged ones: "
-                f"of the blocks that the pool uses, {nr_missing} are missing; the first is block {first_missing}"
-            )
-    return nr_blocks
+    if superblock_error(superblock) is not None:
+        return
+    missing = (
+        number for number in _used_blocks(reader, Superblock.unpack(superblock).metadata_root) if not reader.has(number)
+    )
+    first = next(missing, None)
+    if first is not None:
+        raise PackError(
+            f"the pack file is cut off, or its packer lost blocks or left out damaged ones: "
+            f"of the blocks that the pool uses, {1 + sum(1 for _ in missing)} are missing; the first is block {first}"
+        )
 
 
 def _used_blocks(reader: PackReader, root: SpaceMapRoot) -> Iterator[int]:
@@ -420,7 +425,7 @@ def unpack(reader: PackReader, device: Device, *, zeroed: bool = False, progress
 
     :param zeroed: *device* holds nothing but zeros, and only what is in the pack is written
     :raises PackError: the pack is damaged, which is not found before some of it was written: call
-        :func:`verify_pack` first
+        :func:`verify_pack` first, unless *device* can be thrown away, and then :func:`verify_complete` at the end
     :raises OSError: *device* cannot be written
     """
     written = _BlockSet()

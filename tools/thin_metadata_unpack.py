@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, BinaryIO
 
 from bufio.device import FileDevice
-from thinpool.pack import PackReader, unpack, verify_pack
+from thinpool.pack import PackReader, unpack, verify_complete, verify_pack
 
 from ._cli import EXIT_OK, Command, Failure, Option, os_error, run
 from ._overwrite import confirm, refuse_same_file, status_of
@@ -59,8 +59,7 @@ def _run(arguments: Arguments) -> int:
         status = status_of(output)
         refuse_same_file(file.fileno(), status, output)
         if status is None:
-            _verify(reader, arguments)
-            _unpack_to_new(reader, output)
+            _unpack_to_new(reader, output, arguments)
             return EXIT_OK
         with _open_output(output) as device:
             is_device = stat.S_ISBLK(status.st_mode)
@@ -89,13 +88,15 @@ def _unpack(reader: PackReader, device: FileDevice, *, zeroed: bool) -> None:
         unpack(reader, device, zeroed=zeroed, progress=progress)
 
 
-def _unpack_to_new(reader: PackReader, path: str) -> None:
-    """Make the file *path*, which does not stay if it cannot be filled."""
+def _unpack_to_new(reader: PackReader, path: str, arguments: Arguments) -> None:
+    """Make the file *path*, which does not stay if it cannot be filled or should not be: one pass does."""
     with open(path, "xb") as file:
         file.truncate(reader.size_bytes)
     try:
         with FileDevice(path, exclusive=True) as device:
             _unpack(reader, device, zeroed=True)
+            if not arguments.has("--incomplete"):
+                verify_complete(reader)
     except BaseException:
         os.unlink(path)
         raise

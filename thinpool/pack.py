@@ -129,12 +129,17 @@ def pack(
     write(HEADER.pack(MAGIC, VERSION, BLOCK_SIZE, nr_blocks))
     # Anonymous maps begin at a page, as devices opened with O_DIRECT demand.
     window = memoryview(mmap(-1, BLOCKS_PER_CHUNK * BLOCK_SIZE))
+    zeros = bytes(len(window))
     encoder = _Encoder()
     for begin in range(0, nr_blocks, BLOCKS_PER_CHUNK):
         end = min(begin + BLOCKS_PER_CHUNK, nr_blocks)
         view = window[: (end - begin) * BLOCK_SIZE]
         device.readinto(view, begin * BLOCK_SIZE)
-        nodes, literals = _classify(view, begin, everything, summary)
+        # Most of a large device has never been written.
+        nodes: list[int] = []
+        literals: list[int] = []
+        if view.tobytes() != zeros[: len(view)]:
+            nodes, literals = _classify(view, begin, everything, summary)
         if nodes or literals:
             stream = zlib.compress(encoder.encode(view, begin, nodes, literals))
             write(CHUNK_HEADER.pack(len(stream)))
@@ -154,7 +159,7 @@ def _classify(window: memoryview, begin: int, everything: bool, summary: PackSum
         number = begin + offset // BLOCK_SIZE
         if kind is not None:
             (nodes if kind == _NODE_KIND else literals).append(number)
-        elif block[:16] != _ZERO_BLOCK[:16] or block != _ZERO_BLOCK:
+        elif block.tobytes() != _ZERO_BLOCK:
             if everything:
                 literals.append(number)
             elif BLOCKNR.unpack_from(block, BLOCKNR_OFFSET)[0] == number:

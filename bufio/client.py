@@ -508,8 +508,8 @@ class Client:
     def write_dirty_buffers(self) -> None:
         """Put every buffer that is dirty now on the device, and make it durable.
 
-        :raises OSError: the first write error since the last call, these writes included, or the flush's.  What failed
-            stays dirty.
+        :raises OSError: the flush's error, or else the first write error since the last call, these writes included.
+            What could be written is flushed all the same; what failed stays dirty.
         """
         core = self._core
         home = self._home
@@ -528,9 +528,9 @@ class Client:
         try:
             # Also after an error: what could be written shall be durable.
             core.flush(home, failed_flushes)
-        except OSError:
-            if error is None:
-                raise
+        except OSError as failure:
+            # It comes before the other one: of everything written since the last flush nobody knows what is durable.
+            raise failure from error
         if error is not None:
             raise error
 

@@ -147,17 +147,31 @@ def test_smaller_minimum_has_an_effect_on_clients_that_exist(client: Client) -> 
     wait_until(lambda: client.stats.cached == 0)
 
 
-def test_thread_ends_with_the_last_client(device: FaultyMemory) -> None:
-    def running() -> bool:
-        return any(thread.name == "bufio ageing" for thread in threading.enumerate())
+def test_thread_ends_with_the_last_cache() -> None:
+    """With parameters of its own: of clients that other tests have left there may be some yet."""
 
-    with Client(device, SIZE) as one:
-        read(one, 1)
-        with Client(device, SIZE) as two:
-            read(two, 1)
-            wait_until(running)
-        assert running()
-    wait_until(lambda: not running())
+    class Cache:
+        def limit_changed(self) -> None:
+            pass
+
+        def evict_old(self, now: float) -> None:
+            pass
+
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "bufio ageing"}
+
+    others = threads()
+    own = Parameters()
+    one, two = Cache(), Cache()
+    own.join(one)
+    own.join(two)
+    own.start_ageing()
+    (mine,) = threads() - others
+    own.leave(one)
+    assert mine.is_alive()
+    own.leave(two)
+    mine.join(DEADLINE)
+    assert not mine.is_alive()
 
 
 def test_client_that_nobody_has_any_more_does_not_stay_alive_for_its_age(device: FaultyMemory) -> None:

@@ -1,7 +1,7 @@
 """thin_metadata_pack and thin_metadata_unpack beside those of the reference.
 
-Version 0.9.0 has none: conftest.py leaves this module out there.  What 1.1.0 packs is recorded in tests/data, and tested
-everywhere.
+Version 0.9.0 has none: conftest.py leaves this module out there.  What 1.1.0 packs is recorded in tests/data, and
+tested everywhere.
 """
 
 from __future__ import annotations

@@ -441,7 +441,8 @@ class BcacheMachine(RuleBasedStateMachine):
         self.cache.close()
         self.dirty.clear()
         self.settle(set(PLACES))
-        assert parameters.current_allocated_bytes == self.allocated_bytes
+        # Or less: caches that earlier tests have left are collected at any time.
+        assert parameters.current_allocated_bytes <= self.allocated_bytes
         self.nr_evictions = 0
         self.cache = Bcache(self.size // SECTOR, self.nr_cache_blocks, self.engine)
 

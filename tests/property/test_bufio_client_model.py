@@ -450,7 +450,8 @@ class ClientMachine(RuleBasedStateMachine):
             while self.held:
                 self.release(0)
         self.client.close()
-        assert parameters.current_allocated_bytes == self.allocated_bytes
+        # Or less: caches that earlier tests have left are collected at any time.
+        assert parameters.current_allocated_bytes <= self.allocated_bytes
         self.minimum = 0
         self.client = Client(self.device, self.block_size, reserved_buffers=self.reserved, engine=self.engine)
 

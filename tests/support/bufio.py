@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
+from bufio import parameters
 from bufio.core import BUFFER_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
@@ -23,6 +25,12 @@ DEADLINE = 20.0  # seconds
 FEW = 8
 """Buffers of a client that is given hardly any memory."""
 FEW_BYTES = FEW * (SIZE + BUFFER_OVERHEAD_BYTES)
+
+
+def allocated_bytes() -> int:
+    """What buffers take now, after those of caches that earlier tests have left were collected."""
+    gc.collect()
+    return parameters.current_allocated_bytes
 
 
 def content(block: int) -> bytes:

@@ -126,7 +126,8 @@ class _Workload:
 
     def check_closed(self) -> None:
         """After the end: all memory was given back, and no device has seen what it must not."""
-        assert parameters.current_allocated_bytes == self.allocated_bytes
+        # Or less: caches that earlier tests have left are collected at any time.
+        assert parameters.current_allocated_bytes <= self.allocated_bytes
         for traffic in self.traffics:
             assert not traffic.violations, traffic.violations[0]
 

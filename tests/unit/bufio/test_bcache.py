@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bufio import AsyncEngine, Bcache, BlocksNotWritten, GetFlags, HoldError, SyncEngine, WouldDeadlock, parameters
-from tests.support.bufio import NR_BLOCKS, SIZE, content, on_device, result_of, wait_until
+from tests.support.bufio import NR_BLOCKS, SIZE, allocated_bytes, content, on_device, result_of, wait_until
 from tests.support.devices import FaultyMemory
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def test_impossible_size_is_refused(sectors: int, blocks: int) -> None:
 
 
 def test_memory_is_taken_at_the_beginning_and_given_back_at_the_end(device: FaultyMemory) -> None:
-    before = parameters.current_allocated_bytes
+    before = allocated_bytes()
     cache = Bcache(SECTORS, NR_CACHED)
     taken = parameters.current_allocated_bytes - before
     assert taken >= NR_CACHED * SIZE

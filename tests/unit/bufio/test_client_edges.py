@@ -17,6 +17,7 @@ from tests.support.bufio import (
     NR_BLOCKS,
     SIZE,
     Threads,
+    allocated_bytes,
     content,
     dirty,
     on_device,
@@ -305,7 +306,7 @@ def failing_at(*numbers: int) -> Callable[[Buffer], None]:
 @pytest.mark.parametrize("take", ["read", "new", "prefetch"])
 def test_alloc_callback_that_raises_leaves_nothing_cached(device: FaultyMemory, take: str) -> None:
     """The buffer stayed in the cache with undefined contents, as if they were the block's."""
-    before = parameters.current_allocated_bytes
+    before = allocated_bytes()
     with Client(device, SIZE, alloc_callback=failing_at(0)) as client:
         with pytest.raises(MemoryError):
             getattr(client, take)(3)

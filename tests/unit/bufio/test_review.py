@@ -16,7 +16,7 @@ import bufio.engine
 from bufio import AsyncEngine, Bcache, Block, BlocksNotWritten, Client, FileDevice, GetFlags, MemoryDevice, parameters
 from bufio.core import BUFFER_OVERHEAD_BYTES
 from bufio.testing import FaultyDevice
-from tests.support.bufio import DEADLINE, FEW_BYTES, SIZE, Threads, result_of, wait_until
+from tests.support.bufio import DEADLINE, FEW_BYTES, SIZE, Threads, allocated_bytes, result_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -431,7 +431,7 @@ def test_cache_that_nobody_closed_is_taken_out_of_the_account(
     memory: MemoryDevice, make: Callable[[MemoryDevice], Client | Bcache]
 ) -> None:
     gc.collect()
-    before = parameters.current_allocated_bytes
+    before = allocated_bytes()
     cache = make(memory)
     if isinstance(cache, Client):
         for block in range(8):

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from bufio import AsyncEngine, Client, HoldError, SyncEngine, WouldDeadlock, parameters
 from bufio.core import BUFFER_OVERHEAD_BYTES
 from bufio.testing import CrashDevice, FaultyDevice
+from tests.support.bufio import dismiss_other_caches
 from tests.support.durability import Durability
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class ClientMachine(RuleBasedStateMachine):
         """Blocks every write of which fails, until :meth:`heal`."""
         self.held: list[tuple[int, Buffer]] = []
         self.faulty = False
+        dismiss_other_caches()
         self.before = parameters.max_cache_size_bytes, parameters.retain_bytes
         self.allocated_bytes = parameters.current_allocated_bytes
         parameters.retain_bytes = 0

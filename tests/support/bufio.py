@@ -33,6 +33,12 @@ def allocated_bytes() -> int:
     return parameters.current_allocated_bytes
 
 
+def dismiss_other_caches() -> None:
+    """Have what earlier tests have left take no share of the limit of memory any more."""
+    for cache in parameters.caches():
+        parameters.leave(cache)
+
+
 def content(block: int) -> bytes:
     """What a block of the device holds before anything is written."""
     return bytes([block + 1]) * SIZE

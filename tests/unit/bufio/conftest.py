@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bufio import Client
-from tests.support.bufio import FEW_BYTES, NR_BLOCKS, SIZE, Threads, content
+from tests.support.bufio import FEW_BYTES, NR_BLOCKS, SIZE, Threads, content, dismiss_other_caches
 from tests.support.devices import FaultyMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    dismiss_other_caches()
 
 
 @pytest.fixture

@@ -39,6 +39,9 @@ def rebalance_children(spine: ShadowSpine, node: Node, key: int, value_type: Val
     if not children[0].is_leaf:
         if changed:
             spine.unsettle(node, index)
+            # Their children have got new neighbours where entries came or went.
+            for child in children:
+                spine.settled.difference_update(child.children())
         if node.nr_entries == nr_before:
             # Doing the same again would change nothing: they share their entries as they should, the keys above are
             # right, and there is nothing left to shadow.

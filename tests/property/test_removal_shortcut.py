@@ -11,7 +11,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from bufio import MemoryDevice
@@ -153,7 +153,14 @@ def script(rnd: random.Random) -> Iterator[tuple[str, int, list[int]]]:
     yield "commit", 0, []
 
 
+def blocks_that_differ(a: memoryview, b: memoryview) -> list[int]:
+    if a == b:
+        return []
+    return [at // BLOCK for at in range(0, len(a), BLOCK) if a[at : at + BLOCK] != b[at : at + BLOCK]]
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(seed=776709596, cache_blocks=None)  # two inner nodes are merged: what was last in one has a neighbour now
 @given(seed=st.integers(0, 1 << 32), cache_blocks=st.sampled_from([None, None, 0, 30, 60, 100]))
 def test_the_shortcut_leaves_the_device_that_the_long_way_leaves(
     small_nodes: None, seed: int, cache_blocks: int | None
@@ -175,6 +182,6 @@ def test_the_shortcut_leaves_the_device_that_the_long_way_leaves(
             event("out of metadata space")
             return
         if name == "commit":
-            assert pools[0].device.contents() == pools[1].device.contents()
+            assert blocks_that_differ(*(memoryview(pool.device.contents()) for pool in pools)) == []
     event(f"shortcut taken {min(pools[0].taken, 500) // 100}00 times or more")
     assert_sound(pools[0].device)

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from thinpool.runs import data_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from thinpool.mapping_walk import MappingWalk
+    from thinpool.mapping_walk import MappingWalk, Subtree
     from thinpool.runs import DataRun
+
+    EntriesOfBoth = Callable[[Subtree, int, Subtree, int], tuple[Sequence[int], Sequence[int]]]
+    """Returns the entries of a node that is at the top of a subtree on the left, with a bound above its keys, and of
+    one on the right, with its bound, verified as :class:`thinpool.mapping_walk.Nodes` has it, in both places."""
 
 SAME = "same"
 DIFFERENT = "different"
@@ -99,16 +103,19 @@ class _ReadAhead:
             nodes.read_ahead(self._asked)
 
 
-def differences(left: MappingWalk, right: MappingWalk, *, same: bool = False) -> Iterator[Difference]:
+def differences(
+    left: MappingWalk, right: MappingWalk, *, entries_of_both: EntriesOfBoth | None = None
+) -> Iterator[Difference]:
     """Iterate over the thin blocks that two mapping trees of one pool treat differently, ascending, in longest runs.
 
     Only data blocks are compared, not times.
 
-    :param same: yield also what both map to the same data blocks
+    :param entries_of_both: reads a node that both trees have; with it, what both map to the same data blocks is yielded
+        too, without it such nodes are passed over
     :raises Corrupt: damaged metadata; everything before it has been returned
     """
     pending: Difference | None = None
-    for found in _compare(_Side(left), _Side(right), same):
+    for found in _compare(_Side(left), _Side(right), entries_of_both):
         if pending is None:
             pending = found
         elif pending.goes_on_with(found):
@@ -120,7 +127,8 @@ def differences(left: MappingWalk, right: MappingWalk, *, same: bool = False) ->
         yield pending
 
 
-def _compare(left: _Side, right: _Side, same: bool) -> Iterator[Difference]:
+def _compare(left: _Side, right: _Side, entries_of_both: EntriesOfBoth | None) -> Iterator[Difference]:
+    same = entries_of_both is not None
     ahead = _ReadAhead(left.walk, right.walk, both=same)
     while True:
         yield from _compare_runs(left, right, same)
@@ -134,9 +142,9 @@ def _compare(left: _Side, right: _Side, same: bool) -> Iterator[Difference]:
         elif ours[-1].block != others[-1].block or ours[-1].height != others[-1].height:
             ahead.before(ours[-1].block, others[-1].block)
             _open_different(left, right)
-        elif same:
+        elif entries_of_both is not None:
             ahead.before(ours[-1].block)
-            yield from _open_common(left.walk, right.walk)
+            yield from _open_common(left.walk, right.walk, entries_of_both)
         else:
             left.walk.take()
             right.walk.take()
@@ -177,12 +185,11 @@ def _open_different(left: _Side, right: _Side) -> None:
         right.open()
 
 
-def _open_common(left: MappingWalk, right: MappingWalk) -> Iterator[Difference]:
+def _open_common(left: MappingWalk, right: MappingWalk, entries_of_both: EntriesOfBoth) -> Iterator[Difference]:
     """Look once into a subtree that is next on both sides."""
     subtree, high = left.take()
     twin, twin_high = right.take()
-    subtree = subtree._replace(low=max(subtree.low, twin.low))
-    keys, values = left.nodes.entries(subtree, min(high, twin_high))
+    keys, values = entries_of_both(subtree, high, twin, twin_high)
     if subtree.height:
         left.give_children(subtree, keys, values)
         right.give_children(twin, keys, values)

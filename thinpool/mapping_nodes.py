@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from persistent_data.block_reader import WINDOW_BLOCKS
 from persistent_data.btree_walk import (
@@ -30,9 +30,18 @@ if TYPE_CHECKING:
     from thinpool.pool_reader import PoolReader
 
 
+class Shape(NamedTuple):
+    """What of a sound node has to fit its place in a tree."""
+
+    max_entries: int
+    first_key: int
+    last_key: int
+
+
 class MappingNodes:
     """The nodes of the mapping tree whose root *pool* has at metadata block *root*.
 
+    :ivar shape: of the node whose entries were returned last
     :param ahead: reads the blocks; several trees may have it in common
     :param path: metadata blocks that lead to the root; empty when somebody just says that it is one
     :param dev_id: the thin device whose tree it is, for the sake of messages; None if that is not known
@@ -51,6 +60,7 @@ class MappingNodes:
         self._ahead = ahead
         self._root = root
         self._dev_id = dev_id
+        self.shape = Shape(0, 0, 0)
         self._geometry: dict[int, tuple[int, int]] = {}
         """For each height the latest parent, and max_entries of its children.  Siblings come one after the other."""
         if not path and not 0 < root < pool.nr_blocks:
@@ -68,6 +78,21 @@ class MappingNodes:
         :raises Corrupt: it is damaged, does not fit its parent, or leads nowhere
         :raises OSError: the device cannot read it
         """
+        return self._entries(subtree, high, ((self, subtree, high),))
+
+    def entries_of_both(
+        self, subtree: Subtree, high: int, other: MappingNodes, twin: Subtree, twin_high: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Return keys and values of a node that is at the top of *subtree* here and of *twin* in *other*.
+
+        :raises Corrupt: it is damaged, does not fit one of its parents, or leads nowhere
+        :raises OSError: the device cannot read it
+        """
+        return self._entries(subtree, high, ((self, subtree, high), (other, twin, twin_high)))
+
+    def _entries(
+        self, subtree: Subtree, high: int, places: Sequence[tuple[MappingNodes, Subtree, int]]
+    ) -> tuple[Sequence[int], Sequence[int]]:
         low, block, height, parents = subtree
         path = (*parents, block)
         node = self._read(block, path, low, high)
@@ -75,12 +100,9 @@ class MappingNodes:
         if node.is_leaf != (height == 0):
             found = "a leaf among internal nodes" if node.is_leaf else "an internal node among leaves"
             self._refuse(Fault(UNEVEN_DEPTH, found), path, low, high)
-        self._check_geometry(node, height, path, low, high)
-        if keys and keys[0] < low:
-            self._refuse(Fault(FIRST_KEY_LOW, f"key {keys[0]}, where a parent says {low}"), path, low, high)
-        if keys and keys[-1] >= high:
-            detail = f"key {keys[-1]}, where the next subtree begins with {high}"
-            self._refuse(Fault(LAST_KEY_HIGH, detail), path, low, high)
+        self.shape = Shape(node.max_entries, keys[0] if keys else low, keys[-1] if keys else low)
+        for nodes, place, place_high in places:
+            nodes.check_place(place, place_high, self.shape)
         if height:
             for child in values:
                 self._check_pointer(child, path, low, high)
@@ -91,6 +113,25 @@ class MappingNodes:
                 detail = f"a mapping leads to data block {highest} of {self._pool.nr_data_blocks}"
                 self._refuse(Fault(DATA_BLOCK_OUTSIDE, detail), path, low, high)
         return keys, values
+
+    def check_place(self, subtree: Subtree, high: int, shape: Shape) -> None:
+        """Check that a sound node of that shape can be at the top of *subtree*, all keys below *high*.
+
+        :raises Corrupt: it has its values elsewhere than its siblings, or keys that the parents do not lead to
+        """
+        low = subtree.low
+        path = (*subtree.path, subtree.block)
+        parent = path[-2] if len(path) > 1 else 0
+        known, wanted = self._geometry.get(subtree.height, (-1, 0))
+        if known != parent:
+            self._geometry[subtree.height] = (parent, shape.max_entries)
+        elif shape.max_entries != wanted:
+            self._refuse(Fault(UNEVEN_GEOMETRY, f"{shape.max_entries} instead of {wanted}"), path, low, high)
+        if shape.first_key < low:
+            self._refuse(Fault(FIRST_KEY_LOW, f"key {shape.first_key}, where a parent says {low}"), path, low, high)
+        if shape.last_key >= high:
+            detail = f"key {shape.last_key}, where the next subtree begins with {high}"
+            self._refuse(Fault(LAST_KEY_HIGH, detail), path, low, high)
 
     def read_ahead(self, blocks: set[int]) -> None:
         """Read nodes that are about to be asked for."""
@@ -113,15 +154,6 @@ class MappingNodes:
         if not 0 < block < self._pool.nr_blocks:
             fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {block} of {self._pool.nr_blocks}")
             self._refuse(fault, path, low, high)
-
-    def _check_geometry(self, node: Node, height: int, path: tuple[int, ...], low: int, high: int) -> None:
-        """Refuse a node that has its values elsewhere than its siblings."""
-        parent = path[-2] if len(path) > 1 else 0
-        known, wanted = self._geometry.get(height, (-1, 0))
-        if known != parent:
-            self._geometry[height] = (parent, node.max_entries)
-        elif node.max_entries != wanted:
-            self._refuse(Fault(UNEVEN_GEOMETRY, f"{node.max_entries} instead of {wanted}"), path, low, high)
 
     def _measure(self, root: int, path: tuple[int, ...]) -> int:
         """Return the number of levels below *root*: the way to the first leaf."""

@@ -15,10 +15,11 @@ from thinpool.mapping_nodes import MappingNodes
 from thinpool.pool_reader import PoolReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from bufio.device import Device
     from thinpool.differences import Difference
+    from thinpool.mapping_walk import Subtree
     from thinpool.trees import DeviceEntry
 
 
@@ -85,13 +86,20 @@ class PoolDelta:
         """
         nr_blocks = dict.fromkeys((SAME, DIFFERENT, LEFT_ONLY, RIGHT_ONLY), 0)
         left, right = self._nodes
-        for found in differences(left.walk(), right.walk(), same=same):
+        reader = self._entries_of_both if same else None
+        for found in differences(left.walk(), right.walk(), entries_of_both=reader):
             nr_blocks[found.kind] += found.length
             yield found
         if same:
             in_both = nr_blocks[SAME] + nr_blocks[DIFFERENT]
             self._check_count(self.left, in_both + nr_blocks[LEFT_ONLY])
             self._check_count(self.right, in_both + nr_blocks[RIGHT_ONLY])
+
+    def _entries_of_both(
+        self, subtree: Subtree, high: int, twin: Subtree, twin_high: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        left, right = self._nodes
+        return left.entries_of_both(subtree, high, right, twin, twin_high)
 
     def _check_count(self, tree: Thin | Root, found: int) -> None:
         if isinstance(tree, Thin):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from persistent_data.read_ahead import ReadAhead
 from thinpool.errors import ThinError
 from thinpool.layout import TIME_BITS
-from thinpool.mapping_nodes import MappingNodes
+from thinpool.mapping_nodes import MappingNodes, Shape
 from thinpool.pool_reader import PoolReader
 from thinpool.runs import DataRun, data_runs
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import IO
 
     from bufio.device import Device
+    from thinpool.mapping_walk import Subtree
     from thinpool.trees import DeviceEntry
 
 MOST_RUNS_IN_MEMORY = 1 << 20
@@ -129,6 +130,10 @@ class _Collector:
         self._ahead = ReadAhead(pool.reader)
         self._barren = array("H", [0]) * pool.nr_blocks
         """Number of mappings of leaves that have been read and hold nothing wanted, by metadata block."""
+        self._max_entries = array("H", [0]) * pool.nr_blocks
+        self._first_keys = array("Q", [0]) * pool.nr_blocks
+        self._last_keys = array("Q", [0]) * pool.nr_blocks
+        """Shapes of those leaves."""
 
     def collect(self, entry: DeviceEntry) -> None:
         """Take the wanted mappings of a device.
@@ -145,7 +150,7 @@ class _Collector:
             nr_entries = self._barren[subtree.block] if subtree.height == 0 else 0
             if nr_entries:
                 found += nr_entries
-                walk.take()
+                self._pass_over(nodes, *walk.take())
                 continue
             if subtree.block not in asked:
                 asked = {block for block in walk.upcoming() if not self._barren[block]}
@@ -157,7 +162,7 @@ class _Collector:
             found += len(keys)
             runs = self._wanted.runs_of(keys, values)
             if not runs:
-                self._barren[subtree.block] = len(keys)
+                self._note_barren(subtree.block, len(keys), nodes.shape)
                 continue
             # A run may go on in the next leaf, so the last one is kept.
             joined = last.joined_with(runs[0])
@@ -171,6 +176,16 @@ class _Collector:
         if last.length:
             self._sorter.add(last, entry.dev_id)
         self._pool.check_nr_mappings(entry, found)
+
+    def _note_barren(self, block: int, nr_entries: int, shape: Shape) -> None:
+        self._barren[block] = nr_entries
+        self._max_entries[block], self._first_keys[block], self._last_keys[block] = shape
+
+    def _pass_over(self, nodes: MappingNodes, subtree: Subtree, high: int) -> None:
+        """Check that a leaf which has been read for another place fits this one."""
+        block = subtree.block
+        shape = Shape(self._max_entries[block], self._first_keys[block], self._last_keys[block])
+        nodes.check_place(subtree, high, shape)
 
 
 class _Sorter:

@@ -45,6 +45,12 @@ class Forest:
         self.asked.append(subtree.block)
         return keys, values
 
+    def entries_of_both(
+        self, subtree: Subtree, high: int, twin: Subtree, twin_high: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        assert subtree.block == twin.block
+        return self.entries(subtree._replace(low=max(subtree.low, twin.low)), min(high, twin_high))
+
     def read_ahead(self, blocks: set[int]) -> None:
         assert blocks <= self.nodes.keys()
         assert len(blocks) <= 2 * self.most_ahead
@@ -109,7 +115,8 @@ def test_differences_are_those_of_the_mappings(seed: int) -> None:
     common = {*forest.below(left)} & {*forest.below(right)}
     for same in (False, True):
         forest.asked.clear()
-        found = list(differences(forest.walk(left), forest.walk(right), same=same))
+        reader = forest.entries_of_both if same else None
+        found = list(differences(forest.walk(left), forest.walk(right), entries_of_both=reader))
         assert [one.thin_begin for one in found] == sorted(one.thin_begin for one in found)
         assert not any(one.goes_on_with(following) for one, following in pairwise(found))
         seen: dict[int, tuple[int | None, int | None]] = {}

@@ -210,7 +210,7 @@ def test_a_shared_leaf_must_fit_both_parents(related: bytes) -> None:
     leaf = next(i for i, child in enumerate(children) if child in surgeon.leaves(surgeon.device_root(1)) and i)
     key = surgeon.image.node(root).keys[leaf]
     surgeon.key(root, leaf, key + 1)
-    refused(surgeon, "first key below", children[leaf])
+    assert "thin device 2" in refused(surgeon, "first key below", children[leaf])
 
 
 def test_pointers_must_lead_to_metadata_blocks(related: bytes) -> None:
@@ -250,6 +250,20 @@ def test_siblings_must_be_of_one_geometry(related: bytes) -> None:
     values = [int.from_bytes(value, "little") for value in node.values]
     surgeon.rewrite(leaf, node.keys, values, max_entries=249)
     assert "249 instead of 252" in refused(surgeon, "max_entries differs", leaf)
+
+
+def test_a_shared_leaf_must_be_of_the_geometry_of_its_siblings_on_the_right_too(related: bytes) -> None:
+    surgeon = Surgeon(related)
+    first, second = surgeon.leaves(surgeon.device_root(2))[:2]
+    shared = surgeon.leaves(surgeon.device_root(1))
+    assert first not in shared
+    assert second in shared
+    node = surgeon.image.node(first)
+    values = [int.from_bytes(value, "little") for value in node.values]
+    surgeon.rewrite(first, node.keys, values, max_entries=249)
+    message = refused(surgeon, "max_entries differs", second)
+    assert "252 instead of 249" in message
+    assert "thin device 2" in message
 
 
 def test_the_number_of_mappings_must_be_that_of_the_details(related: bytes) -> None:

@@ -129,6 +129,30 @@ def test_damage_is_refused_before_anything_is_said_even_beside_the_regions() -> 
         assert "thin device 3, thin blocks [" in message
 
 
+def test_a_leaf_passed_over_must_fit_each_of_its_parents() -> None:
+    content = image("snapshot_chain")
+    surgeon = Surgeon(content)
+    roots = {dev_id: surgeon.image.node(surgeon.device_root(dev_id)) for dev_id in sorted(surgeon.image.devices())}
+    first = roots.pop(min(roots))
+    # The same leaf, not the first one, below another root, and a leaf of that root's own in front.
+    dev_id, root, index = next(
+        (dev_id, root, index)
+        for dev_id, root in roots.items()
+        for index, child in enumerate(root.children)
+        if index and child in first.children and not {*root.children[:index]} <= {*first.children}
+    )
+    nowhere = (1 << 40, 1 << 41)
+    leaf = root.children[index]
+    surgeon.key(root.number, index, root.keys[index] + 1)
+    message = refused(surgeon, "first key below", leaf, nowhere)
+    assert f"thin device {dev_id}," in message
+
+    surgeon = Surgeon(content)
+    surgeon.key(root.number, index + 1, root.keys[index + 1] - 1)
+    surgeon.key(leaf, len(surgeon.image.node(leaf).keys) - 1, root.keys[index + 1] - 1)
+    assert f"thin device {dev_id}," in refused(surgeon, "last key not below", leaf, nowhere)
+
+
 def test_mappings_must_lead_to_data_blocks() -> None:
     surgeon = Surgeon(image("random"))
     leaf = surgeon.leaves(surgeon.device_root(3))[4]

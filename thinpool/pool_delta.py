@@ -15,12 +15,14 @@ from thinpool.mapping_nodes import MappingNodes
 from thinpool.pool_reader import PoolReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bufio.device import Device
     from thinpool.differences import Difference
     from thinpool.mapping_walk import Subtree
     from thinpool.trees import DeviceEntry
+
+    Progress = Callable[[int, int], None]
 
 
 class Thin(NamedTuple):
@@ -75,20 +77,27 @@ class PoolDelta:
             raise NoSuchDevice(f"Unable to find mapping tree for {name} ({tree.dev_id})")
         return MappingNodes(self._pool, ahead, entry.root, entry.path, entry.dev_id)
 
-    def differences(self, *, same: bool = True) -> Iterator[Difference]:
+    def differences(self, *, same: bool = True, progress: Progress | None = None) -> Iterator[Difference]:
         """Iterate over what is mapped on either side, ascending by thin block, in longest runs.
 
         :param same: yield also what both sides map to the same data blocks; if not, what they share is not read, so
             damage in there goes unnoticed
+        :param progress: called now and then with the mappings compared and those of both devices, if all are compared
+            and there are details that say how many there are
         :raises Corrupt: damaged metadata, or a device has not as many mappings as its details say; everything before
             it has been returned
         :raises OSError: the device cannot be read
         """
+        nr_mappings = self._nr_mappings() if same else 0
+        done = 0
         nr_blocks = dict.fromkeys((SAME, DIFFERENT, LEFT_ONLY, RIGHT_ONLY), 0)
         left, right = self._nodes
         reader = self._entries_of_both if same else None
         for found in differences(left.walk(), right.walk(), entries_of_both=reader):
             nr_blocks[found.kind] += found.length
+            if progress is not None and nr_mappings:
+                done += found.length if found.kind in (LEFT_ONLY, RIGHT_ONLY) else 2 * found.length
+                progress(done, nr_mappings)
             yield found
         if same:
             in_both = nr_blocks[SAME] + nr_blocks[DIFFERENT]
@@ -100,6 +109,12 @@ class PoolDelta:
     ) -> tuple[Sequence[int], Sequence[int]]:
         left, right = self._nodes
         return left.entries_of_both(subtree, high, right, twin, twin_high)
+
+    def _nr_mappings(self) -> int:
+        """Return how many mappings both trees have, 0 if that is not known of both."""
+        if isinstance(self.left, Root) or isinstance(self.right, Root):
+            return 0
+        return sum(self._devices[tree.dev_id].mapped_blocks for tree in (self.left, self.right))
 
     def _check_count(self, tree: Thin | Root, found: int) -> None:
         if isinstance(tree, Thin):

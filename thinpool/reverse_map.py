@@ -22,12 +22,14 @@ from thinpool.pool_reader import PoolReader
 from thinpool.runs import DataRun, data_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import IO
 
     from bufio.device import Device
     from thinpool.mapping_walk import Subtree
     from thinpool.trees import DeviceEntry
+
+    Progress = Callable[[int, int], None]
 
 MOST_RUNS_IN_MEMORY = 1 << 20
 """Runs that are sorted together: some 75 MB."""
@@ -63,6 +65,7 @@ def reverse_map(
     regions: Iterable[tuple[int, int]],
     metadata_snap: bool = False,
     most_runs_in_memory: int = MOST_RUNS_IN_MEMORY,
+    progress: Progress | None = None,
 ) -> Iterator[ReverseRun]:
     """Iterate over what is mapped to the data blocks in *regions*, by begin, end, device and thin block.
 
@@ -73,6 +76,7 @@ def reverse_map(
     without a mapping in *regions* are read once, others for each device.
 
     :param regions: ranges of data blocks, ends exclusive; they may reach beyond the end of the data device
+    :param progress: called now and then with the mappings read and those of all devices
     :raises ValueError: one of *regions* is empty or begins below 0
     :raises Corrupt: a tree is damaged, or a device has not as many mappings as its details say
     :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; others, the temporary file
@@ -83,8 +87,12 @@ def reverse_map(
     pool = PoolReader(device, metadata_snap)
     with _Sorter(most_runs_in_memory) as sorter:
         collector = _Collector(pool, wanted, sorter)
-        for entry in pool.devices():
-            collector.collect(entry)
+        devices = pool.devices()
+        nr_mappings = sum(entry.mapped_blocks for entry in devices)
+        for entry in devices:
+            for done in collector.collect(entry):
+                if progress is not None:
+                    progress(done, nr_mappings)
         yield from sorter.runs()
 
 
@@ -134,9 +142,10 @@ class _Collector:
         self._first_keys = array("Q", [0]) * pool.nr_blocks
         self._last_keys = array("Q", [0]) * pool.nr_blocks
         """Shapes of those leaves."""
+        self._done = 0
 
-    def collect(self, entry: DeviceEntry) -> None:
-        """Take the wanted mappings of a device.
+    def collect(self, entry: DeviceEntry) -> Iterator[int]:
+        """Take the wanted mappings of a device; yield now and then the mappings that have been seen of all devices.
 
         :raises Corrupt: its tree is damaged, or it has not as many mappings as its details say
         """
@@ -153,6 +162,7 @@ class _Collector:
                 self._pass_over(nodes, *walk.take())
                 continue
             if subtree.block not in asked:
+                yield self._done + found
                 asked = {block for block in walk.upcoming() if not self._barren[block]}
                 nodes.read_ahead(asked)
             leaf = walk.open()
@@ -176,6 +186,7 @@ class _Collector:
         if last.length:
             self._sorter.add(last, entry.dev_id)
         self._pool.check_nr_mappings(entry, found)
+        self._done += found
 
     def _note_barren(self, block: int, nr_entries: int, shape: Shape) -> None:
         self._barren[block] = nr_entries

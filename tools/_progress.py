@@ -14,11 +14,15 @@ class Progress:
     """A bar with a title that is shown once work has taken a second, if stderr is a terminal.
 
     Called with what is done and what there is to do, in any unit; as a context, it takes the bar away at the end.
+
+    :param beside_output: the work writes to stdout meanwhile; if that is a terminal too, no bar is mixed with it
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, *, beside_output: bool = False) -> None:
         self._title = title
         self._wanted = sys.stderr is not None and sys.stderr.isatty()
+        if beside_output and sys.stdout is not None and sys.stdout.isatty():
+            self._wanted = False
         self._next = monotonic() + _FIRST_SHOWN_AFTER
         self._shown = 0
 

@@ -9,6 +9,7 @@ from thinpool.delta_format import json_lines, xml_lines
 from thinpool.pool_delta import PoolDelta, Root, Thin
 
 from ._cli import EXIT_OK, Command, Option, UsageError, number, open_input, run, write_lines
+from ._progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +72,9 @@ def _run(arguments: Arguments) -> int:
     lines = json_lines if arguments.has("--json") else xml_lines
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
         delta = PoolDelta(device, left, right, metadata_snap, snap_block)
-        found = delta.differences(same=not arguments.has("--no-same"))
-        write_lines(lines(delta, found, verbose=arguments.has("--verbose")))
+        with Progress("Comparing", beside_output=True) as progress:
+            found = delta.differences(same=not arguments.has("--no-same"), progress=progress)
+            write_lines(lines(delta, found, verbose=arguments.has("--verbose")))
     return EXIT_OK
 
 

@@ -12,6 +12,7 @@ from thinpool.pack import pack
 from ._cli import EXIT_OK, Command, Option, open_input, raise_output_error, run, say
 from ._overwrite import confirm, refuse_same_file, status_of
 from ._progress import Progress
+from ._replacement import Replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,22 +63,20 @@ def _run(arguments: Arguments) -> int:
         refuse_same_file(device.fileno(), status, output)
         if not arguments.has("--force"):
             confirm(output, status)
-        try:
-            summary = _pack_to(output, status, device, arguments.has("--all"))
-        except BaseException:
-            if status is None:
-                _remove(output)
-            raise
+        if status is None or stat.S_ISREG(status.st_mode):
+            with Replacement(output, status) as replacement:
+                summary = _pack_to(replacement.path, device, arguments.has("--all"))
+        else:
+            in_use = os.O_EXCL if stat.S_ISBLK(status.st_mode) else 0
+            summary = _pack_to(output, device, arguments.has("--all"), in_use)
     if summary.nr_damaged:
         say(f"{summary.nr_damaged} damaged metadata blocks are not in the pack; --all packs them too")
     return EXIT_OK
 
 
-def _pack_to(path: str, status: os.stat_result | None, device: FileDevice, everything: bool) -> PackSummary:
-    """Write the pack of *device* to *path*, which had that *status*."""
-    is_device = status is not None and stat.S_ISBLK(status.st_mode)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | (os.O_EXCL if is_device else 0)
-    fd = os.open(path, flags, 0o666)
+def _pack_to(path: str, device: FileDevice, everything: bool, flags: int = 0) -> PackSummary:
+    """Write the pack of *device* to *path*, which is there, and opened with *flags* too."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags)
     pieces: list[bytes] = []
     waiting = 0
 
@@ -112,13 +111,6 @@ def _pack_to(path: str, status: os.stat_result | None, device: FileDevice, every
         return summary
     finally:
         os.close(fd)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass  # it was not made, or cannot be helped
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from thinpool.pack import PackReader, unpack, verify_complete, verify_pack
 from ._cli import EXIT_OK, Command, Failure, Option, os_error, run
 from ._overwrite import confirm, refuse_same_file, status_of
 from ._progress import Progress
+from ._replacement import Replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,17 +90,13 @@ def _unpack(reader: PackReader, device: FileDevice, *, zeroed: bool) -> None:
 
 
 def _unpack_to_new(reader: PackReader, path: str, arguments: Arguments) -> None:
-    """Make the file *path*, which does not stay if it cannot be filled or should not be: one pass does."""
-    with open(path, "xb") as file:
-        file.truncate(reader.size_bytes)
-    try:
-        with FileDevice(path, exclusive=True) as device:
+    """Make the file *path*, which is there only once it is complete and verified: one pass does."""
+    with Replacement(path, None) as replacement:
+        os.truncate(replacement.path, reader.size_bytes)
+        with FileDevice(replacement.path, exclusive=True) as device:
             _unpack(reader, device, zeroed=True)
             if not arguments.has("--incomplete"):
                 verify_complete(reader)
-    except BaseException:
-        os.unlink(path)
-        raise
 
 
 def _open_pack(path: str) -> BinaryIO:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
 
 from thinpool.reverse_map import reverse_map
 
 from ._cli import EXIT_OK, Command, Option, number, open_input, run, write_lines
+from ._progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +82,11 @@ def _run(arguments: Arguments) -> int:
     regions = cast("list[tuple[int, int]]", arguments.all("--region"))
     lines = _json if arguments.has("--json") else _text
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
-        write_lines(lines(reverse_map(device, regions, metadata_snap)))
+        with Progress("Reading") as progress:
+            runs = reverse_map(device, regions, metadata_snap, progress=progress)
+            # Everything has been read when there is a first one.
+            first = list(islice(runs, 1))
+        write_lines(lines(chain(first, runs)))
     return EXIT_OK
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -14,6 +17,7 @@ from tests.support.fixtures import DAMAGED, GOOD, base_of, facts_of, image, imag
 from tests.support.image import Image
 from tests.support.surgeon import Surgeon
 from tests.support.tools import NEEDED, ROOT, Result, run_tool
+from tools import _progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,6 +203,42 @@ def test_what_was_found_before_the_damage_is_written(tmp_path: Path) -> None:
     result = delta("--json", "--thin1", "1", "--thin2", "1", path)
     assert result.status == 64
     assert [json.loads(line)["type"] for line in result.stdout.splitlines()[:2]] == ["superblock", "diff"]
+
+
+class _Terminal(io.TextIOWrapper):
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), write_through=True)
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> str:
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode()
+
+
+@pytest.mark.parametrize(("tool", "title"), [("thin_delta", "Comparing ["), ("thin_rmap", "Reading [")])
+def test_a_terminal_shows_progress_and_is_left_clean(
+    tool: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_progress, "_FIRST_SHOWN_AFTER", 0)
+    arguments = {"thin_delta": ["--thin1", "1", "--thin2", "20"], "thin_rmap": ["--region", "0..16384"]}[tool]
+    path = image_path("snapshot_chain", tmp_path)
+    wanted = run_tool(tool, *arguments, path)
+    main = import_module(f"tools.{tool}").main
+    for name, output in (("file", io.TextIOWrapper(io.BytesIO())), ("terminal", _Terminal())):
+        terminal = _Terminal()
+        with redirect_stdout(output), redirect_stderr(terminal):
+            assert main([*arguments, str(path)]) == 0
+        output.flush()
+        assert isinstance(output.buffer, io.BytesIO)
+        assert output.buffer.getvalue() == wanted.stdout
+        if tool == "thin_delta" and name == "terminal":
+            assert terminal.shown() == "", "no bar among the lines"
+            continue
+        assert title in terminal.shown()
+        assert terminal.shown().endswith("\r")
+        assert not terminal.shown().rstrip("\r").rpartition("\r")[2].strip()
 
 
 @pytest.mark.parametrize("tool", ["thin_delta", "thin_rmap"])

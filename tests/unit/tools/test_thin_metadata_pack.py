@@ -8,6 +8,8 @@ import io
 import os
 import random
 import re
+import signal
+import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -247,6 +249,64 @@ def test_a_new_file_that_cannot_be_completed_is_removed(
     refused(unpack("-i", RECORDED, "-o", tmp_path / "output"), "No space left on device (os error 28)")
     refused(pack("-i", small, "-o", tmp_path / "output"), "No space left on device (os error 28)")
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_signal_leaves_no_part_of_a_file(
+    tool: str, number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "directory" / "output"
+    output.parent.mkdir()
+    done = []
+
+    def stop(_self: object, blocks: int, total: int) -> None:
+        done.append(os.listdir(output.parent))
+        os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(_progress.Progress, "__call__", stop)
+    refused(run_tool(tool, "-i", source, "-o", output), "interrupted")
+    assert [len(names) for names in done] == [1], "something was on its way"
+    assert os.listdir(output.parent) == []
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_a_pack_that_is_not_completed_leaves_the_one_that_was_there(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "directory" / "output"
+    output.parent.mkdir()
+    output.write_bytes(b"an older pack")
+
+    def stop(_self: object, blocks: int, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_progress.Progress, "__call__", stop)
+        refused(pack("-i", small, "-o", output), "interrupted")
+    assert output.read_bytes() == b"an older pack"
+    assert os.listdir(output.parent) == ["output"]
+
+
+def test_a_pack_takes_the_place_of_a_file_with_its_rights_and_behind_its_links(small: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_bytes(b"an older pack")
+    old.chmod(0o640)
+    (tmp_path / "link").symlink_to("old")
+    assert pack("-i", small, "-o", tmp_path / "link") == DONE
+    assert (tmp_path / "link").is_symlink()
+    assert old.stat().st_mode & 0o7777 == 0o640
+    assert packs.entries(old.read_bytes()) == packs.entries(RECORDED.read_bytes())
+
+
+def test_a_pack_goes_into_a_named_pipe(small: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(command("thin_metadata_pack", "-i", small, "-o", tmp_path / "pipe"), cwd=ROOT) as running:
+        content = (tmp_path / "pipe").read_bytes()
+    assert running.returncode == 0
+    assert packs.entries(content) == packs.entries(RECORDED.read_bytes())
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 # Pipes, full disks, terminals, memory

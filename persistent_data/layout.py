@@ -24,7 +24,7 @@ BLOCKNR = Struct("<Q")
 CHECKSUM = Struct("<I")
 
 NODE_HEADER = Struct("<IIQIIII")
-"""csum, flags, blocknr, nr_entries, max_entries, value_size, padding."""
+NODE_FIELDS = ("csum", "flags", "blocknr", "nr_entries", "max_entries", "value_size", "padding")
 NODE_HEADER_SIZE = 32
 INTERNAL_NODE = 1
 LEAF_NODE = 2

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     import bufio.device
-    from thinpool.ir import Visitor
+    from thinpool.ir import Superblock, Visitor
     from thinpool.trees import DeviceEntry
 
 _NEXT_BLOCK = 1 << TIME_BITS
@@ -45,9 +45,26 @@ class Options:
     :ivar snap_block: the metadata block at which that snapshot must be, None for wherever it is
     :ivar skip_mappings: devices only
     :ivar dev_ids: devices to dump, None for all; ids that the pool has not are passed over
+    :ivar expand_shared: repeat what devices share in each of them, rather than refer to it
+    :ivar transaction: the transaction id to tell, if the superblock's is lower
+    :ivar data_block_size: sectors to tell in place of the superblock's
+    :ivar nr_data_blocks: data blocks to tell, and to accept, if the superblock says fewer
+    :ivar mapping_root: metadata block of the mapping tree's root in place of the superblock's
+    :ivar details_root: metadata block of the details tree's root in place of the superblock's
     """
 
-    __slots__ = ("dev_ids", "metadata_snap", "skip_mappings", "snap_block")
+    __slots__ = (
+        "data_block_size",
+        "details_root",
+        "dev_ids",
+        "expand_shared",
+        "mapping_root",
+        "metadata_snap",
+        "nr_data_blocks",
+        "skip_mappings",
+        "snap_block",
+        "transaction",
+    )
 
     def __init__(
         self,
@@ -56,11 +73,23 @@ class Options:
         skip_mappings: bool = False,
         dev_ids: Collection[int] | None = None,
         snap_block: int | None = None,
+        expand_shared: bool = False,
+        transaction: int = 0,
+        data_block_size: int | None = None,
+        nr_data_blocks: int = 0,
+        mapping_root: int | None = None,
+        details_root: int | None = None,
     ) -> None:
         self.metadata_snap = metadata_snap
         self.skip_mappings = skip_mappings
         self.dev_ids = dev_ids
         self.snap_block = snap_block
+        self.expand_shared = expand_shared
+        self.transaction = transaction
+        self.data_block_size = data_block_size
+        self.nr_data_blocks = nr_data_blocks
+        self.mapping_root = mapping_root
+        self.details_root = details_root
 
 
 def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None = None) -> None:
@@ -74,7 +103,14 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     :raises OSError: the device cannot be read
     """
     options = options or Options()
-    pool = PoolReader(device, options.metadata_snap, options.snap_block)
+    pool = PoolReader(
+        device,
+        options.metadata_snap,
+        options.snap_block,
+        mapping_root=options.mapping_root,
+        details_root=options.details_root,
+    )
+    pool.nr_data_blocks = max(pool.nr_data_blocks, options.nr_data_blocks)
     devices = pool.devices()
     if options.dev_ids is not None:
         devices = [entry for entry in devices if entry.dev_id in options.dev_ids]
@@ -82,10 +118,11 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     if not options.skip_mappings:
         for entry in devices:
             leaves.add_device(entry)
-        leaves.cut()
-    visitor.begin_superblock(pool.describe())
+        if not options.expand_shared:
+            leaves.cut()
+    visitor.begin_superblock(_superblock(pool, options))
     emitter = _Emitter(pool, leaves, visitor)
-    if not options.skip_mappings:
+    if not (options.skip_mappings or options.expand_shared):
         emitter.shared_parts()
     for number, entry in enumerate(devices):
         visitor.begin_device(
@@ -101,6 +138,20 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
             emitter.device(number, entry)
         visitor.end_device()
     visitor.end_superblock()
+
+
+def _superblock(pool: PoolReader, options: Options) -> Superblock:
+    """Return what to tell of the pool.
+
+    A metadata snapshot has no number of data blocks of its own.  The pool's will do, for the data device does not
+    shrink; with the 0 that the reference tools write nothing can be restored.
+    """
+    superblock = pool.describe()
+    superblock.transaction = max(superblock.transaction, options.transaction)
+    superblock.nr_data_blocks = pool.nr_data_blocks
+    if options.data_block_size is not None:
+        superblock.data_block_size = options.data_block_size
+    return superblock
 
 
 class _Subtree:
@@ -301,7 +352,7 @@ class _Leaves:
 
     def is_shared(self, leaf: int) -> bool:
         """Tell whether a leaf occurs more than once."""
-        return self._occurrences[leaf] > 1
+        return bool(self._occurrences) and self._occurrences[leaf] > 1
 
     def is_head(self, leaf: int) -> bool:
         """Tell whether a leaf begins a part."""

@@ -17,7 +17,7 @@ from thinpool.pool_reader import PoolReader
 from thinpool.trees import DATA_BLOCK_OUTSIDE, MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from bufio.device import Device
     from persistent_data.node_check import Node
@@ -48,24 +48,23 @@ def _needs_ownership(fields: Iterable[str]) -> bool:
     return any(field.startswith(_OWNERSHIP) for field in fields)
 
 
-def _needs_walk(fields: Iterable[str]) -> bool:
-    return any(field.startswith(("MAPPED", "HIGHEST", *_OWNERSHIP)) for field in fields)
+def needs_walk(fields: Iterable[str]) -> bool:
+    """Tell whether one of *fields* takes a walk of the mapping trees; the others are in the details tree."""
+    return any(field.startswith(("HIGHEST", *_OWNERSHIP)) for field in fields)
 
 
 class Row:
     """One device, counted.
 
     :ivar device: its entries in the device trees
-    :ivar mapped: mappings found, in data blocks
-    :ivar exclusive: those whose data block has no other mapping in any device
+    :ivar exclusive: mappings whose data block has no other mapping in any device
     :ivar highest: the highest mapped thin block, -1 for none
     """
 
-    __slots__ = ("device", "exclusive", "highest", "mapped")
+    __slots__ = ("device", "exclusive", "highest")
 
     def __init__(self, device: DeviceEntry) -> None:
         self.device = device
-        self.mapped = 0
         self.exclusive = 0
         self.highest = -1
 
@@ -86,12 +85,16 @@ def human_size(size_bytes: int) -> str:
 
 
 def list_devices(
-    device: Device, fields: Sequence[str] = DEFAULT_FIELDS, metadata_snap: bool = False
+    device: Device,
+    fields: Sequence[str] = DEFAULT_FIELDS,
+    metadata_snap: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[str]]:
     """Return a row of cells for each device, ascending by id.
 
     Reads the mapping trees only if one of *fields* needs it; EXCLUSIVE and SHARED may need the leaves twice.
 
+    :param progress: is told, as the mapping trees are walked, how many mappings have been seen, and how many there are
     :raises ValueError: no such field
     :raises Corrupt: what must be read is damaged
     :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none
@@ -102,8 +105,8 @@ def list_devices(
             raise ValueError(f"unknown field {field}")
     pool = PoolReader(device, metadata_snap)
     rows = [Row(entry) for entry in pool.devices()]
-    if _needs_walk(fields):
-        _Counter(pool, rows, _needs_ownership(fields)).run()
+    if needs_walk(fields):
+        _Counter(pool, rows, _needs_ownership(fields), progress).run()
     sectors = pool.superblock.data_block_size
     return [[_cell(field, row, sectors) for field in fields] for row in rows]
 
@@ -129,7 +132,8 @@ def _cell(field: str, row: Row, sectors: int) -> str:
             "HIGHEST_MAPPED": human_size(last_byte),
         }[field]
     name, _, unit = field.partition("_")
-    blocks = {"MAPPED": row.mapped, "EXCLUSIVE": row.exclusive, "SHARED": row.mapped - row.exclusive}[name]
+    mapped = row.device.mapped_blocks
+    blocks = {"MAPPED": mapped, "EXCLUSIVE": row.exclusive, "SHARED": mapped - row.exclusive}[name]
     if unit == "BLOCKS":
         return str(blocks)
     if unit == "SECTORS":
@@ -147,6 +151,19 @@ def format_table(fields: Sequence[str], rows: Sequence[Sequence[str]], headers: 
     )
 
 
+def json_lines(fields: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield an object for each row: numbers as such, a size with its unit as a string, null where there is nothing."""
+    for row in rows:
+        members = ", ".join(f'"{field}": {_json_value(cell)}' for field, cell in zip(fields, row, strict=True))
+        yield f"{{{members}}}\n"
+
+
+def _json_value(cell: str) -> str:
+    if cell == _NOTHING:
+        return "null"
+    return cell if cell.isdigit() else f'"{cell}"'
+
+
 class _Counter(NoVisitor):
     """Counts mappings, and which of them have their data block for themselves.
 
@@ -155,7 +172,9 @@ class _Counter(NoVisitor):
     again: a mapping is exclusive where the count of its data block is one.
     """
 
-    def __init__(self, pool: PoolReader, rows: list[Row], ownership: bool) -> None:
+    def __init__(
+        self, pool: PoolReader, rows: list[Row], ownership: bool, progress: Callable[[int, int], None] | None
+    ) -> None:
         self._pool = pool
         self._rows = rows
         self._ownership = ownership
@@ -165,6 +184,9 @@ class _Counter(NoVisitor):
         self._reached_again: set[int] = set()
         self._shared = bytearray(pool.nr_blocks)
         self._current = 0
+        self._progress = progress
+        self._nr_seen = 0
+        self._nr_expected = sum(row.device.mapped_blocks for row in rows)
 
     def run(self) -> None:
         """Fill in the rows.
@@ -177,9 +199,9 @@ class _Counter(NoVisitor):
             self._pool.enter(MAPPING_TREE, row.device.dev_id)
             summary = walk.walk(row.device.root, MAPPING_KIND, self, row.device.path)
             assert summary is not None, "the walk raises at damage"
-            row.mapped = row.exclusive = summary.nr_entries
+            row.exclusive = summary.nr_entries
             row.highest = summary.high if summary.nr_entries else -1
-            self._pool.check_nr_mappings(row.device, row.mapped)
+            self._pool.check_nr_mappings(row.device, summary.nr_entries)
         if self._ownership and (self._reached_again or self._counts.any_shared()):
             for block in self._reached_again:
                 self._mark_shared(block)
@@ -187,6 +209,9 @@ class _Counter(NoVisitor):
                 self._rows[number].exclusive = self._count_exclusive(self._own[number])
 
     def leaf(self, node: Node, path: tuple[int, ...]) -> int:
+        self._nr_seen += len(node.keys)
+        if self._progress is not None:
+            self._progress(self._nr_seen, self._nr_expected)
         if self._ownership and node.keys:
             self._own[self._current].append(node.block)
             outside = self._counts.add_all([value >> TIME_BITS for value in node.numbers()])

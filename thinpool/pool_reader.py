@@ -43,16 +43,28 @@ class PoolReader:
     :ivar nr_blocks: metadata blocks that the pool uses
     :ivar nr_data_blocks: data blocks of the pool, for the metadata snapshot too
     :param snap_block: the metadata block at which that snapshot must be, None for wherever it is
+    :param mapping_root: metadata block of the root of the mapping tree, None for what the superblock says
+    :param details_root: metadata block of the root of the details tree, None for what the superblock says
     :raises Corrupt: there is no sound superblock
     :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block
     :raises OSError: the device cannot be read
     """
 
-    def __init__(self, device: Device, metadata_snap: bool = False, snap_block: int | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        metadata_snap: bool = False,
+        snap_block: int | None = None,
+        *,
+        mapping_root: int | None = None,
+        details_root: int | None = None,
+    ) -> None:
         self.reader = BlockReader(device)
         self.prefix = ""
         self._tree = ""
         self._dev_id: int | None = None
+        self._mapping_root = mapping_root
+        self._details_root = details_root
         self.main = self._read_superblock(SUPERBLOCK_LOCATION)
         self.superblock = self.main
         self.location = SUPERBLOCK_LOCATION
@@ -129,19 +141,26 @@ class PoolReader:
             )
             raise Corrupt(entry.root, MAPPED_BLOCKS, message=message)
 
+    def _tree_root(self, named: int | None, stored: int) -> tuple[int, tuple[int, ...]]:
+        """Return the root of a tree and the metadata blocks that lead there; nothing leads to one that was *named*."""
+        if named is not None:
+            return named, ()
+        return stored, (0,) if self.location == SUPERBLOCK_LOCATION else (0, self.location)
+
     def devices(self) -> list[DeviceEntry]:
         """Return every device, ascending by id.
 
         :raises Corrupt: one of the two device trees is damaged, or they name different devices
         """
         walk = self.new_walk()
-        path = (0,) if self.location == SUPERBLOCK_LOCATION else (0, self.location)
         details = DetailsVisitor()
         self.enter(DETAILS_TREE)
-        walk.walk(self.superblock.device_details_root, DETAILS_KIND, details, path)
+        root, path = self._tree_root(self._details_root, self.superblock.device_details_root)
+        walk.walk(root, DETAILS_KIND, details, path)
         roots = TopLevelVisitor()
         self.enter(TOP_LEVEL)
-        walk.walk(self.superblock.data_mapping_root, TOP_LEVEL_KIND, roots, path)
+        root, path = self._tree_root(self._mapping_root, self.superblock.data_mapping_root)
+        walk.walk(root, TOP_LEVEL_KIND, roots, path)
         odd = sorted(details.devices.keys() ^ roots.roots.keys())
         if odd:
             only = "details tree" if odd[0] in details.devices else "mapping tree"

@@ -7,35 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from thinpool.text_format import TextWriter
 
+if TYPE_CHECKING:
     from thinpool.ir import Device, Superblock
 
-_BUFFERED_LINES = 1024
+_SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'
+_RANGE = '    <range_mapping origin_begin="%d" data_begin="%d" length="%d" time="%d"/>\n'
 
 
-class XmlWriter:
+class XmlWriter(TextWriter):
     """A visitor of :mod:`thinpool.ir` that passes XML to *write*, some kilobytes of ASCII at a time.
 
     The whole superblock tag is on the first line; no newline ends the last one.
     """
-
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self._write = write
-        self._lines: list[str] = []
-
-    def _line(self, text: str) -> None:
-        self._lines.append(text)
-        if len(self._lines) >= _BUFFERED_LINES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Pass on everything visited so far."""
-        if self._lines:
-            data = "".join(self._lines).encode("ascii")
-            self._lines.clear()
-            self._write(data)
 
     def begin_superblock(self, superblock: Superblock) -> None:
         """Write the superblock's tag."""
@@ -74,12 +59,9 @@ class XmlWriter:
     def mapping(self, thin_begin: int, data_begin: int, length: int, time: int) -> None:
         """Write a run."""
         if length == 1:
-            self._line(f'    <single_mapping origin_block="{thin_begin}" data_block="{data_begin}" time="{time}"/>\n')
+            self._line(_SINGLE % (thin_begin, data_begin, time))
         else:
-            self._line(
-                f'    <range_mapping origin_begin="{thin_begin}" data_begin="{data_begin}" length="{length}" '
-                f'time="{time}"/>\n'
-            )
+            self._line(_RANGE % (thin_begin, data_begin, length, time))
 
     def shared(self, name: int) -> None:
         """Write a reference to a shared part."""

@@ -230,7 +230,7 @@ class Command:
                 self._store(option, None, values)
                 continue
             attached = letters.startswith("=")
-            if option.value_optional and not attached:
+            if option.value_optional and not attached and not letters.isdecimal():
                 self._store(option, None, values)
                 continue
             value = letters[1:] if attached else letters
@@ -289,6 +289,23 @@ def write_out(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except OSError as error:
+        _abandon_stdout()
+        raise_output_error(error)
+
+
+def write_bytes(data: bytes | memoryview) -> None:
+    """Write ASCII *data* to stdout, without turning it into text in between.
+
+    :raises OutputGone: the reader has closed its end
+    :raises Failure: it cannot be written
+    """
+    if sys.stdout is None:
+        raise Failure(output_error(OSError(errno.EBADF, os.strerror(errno.EBADF))))
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
     except OSError as error:
         _abandon_stdout()
         raise_output_error(error)

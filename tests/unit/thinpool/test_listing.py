@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bufio.device import MemoryDevice
+from tests.support.devices import FaultyMemory
 from tests.support.fixtures import answer, image, read_xml
+from tests.support.image import Image
 from tests.support.surgeon import Surgeon
 from thinpool.errors import Corrupt
 from thinpool.listing import FIELDS, format_table, human_size, list_devices
@@ -67,13 +69,24 @@ def test_exclusive_blocks_are_those_with_one_mapping_in_all_devices() -> None:
         assert list_devices(MemoryDevice(image(name)), ["DEV", "EXCLUSIVE_BLOCKS"]) == expected
 
 
-def test_ages_need_no_mapping_tree() -> None:
+def test_what_is_in_the_details_needs_no_mapping_tree() -> None:
     surgeon = Surgeon(image("random"))
     surgeon.flip(surgeon.device_root(3))
-    fields = ["DEV", "TRANSACTION", "CREATE_TIME", "SNAP_TIME"]
-    assert list_devices(surgeon.device(), fields) == [["3", "0", "0", "0"]]
-    with pytest.raises(Corrupt, match="thin device 3"):
-        list_devices(surgeon.device(), ["MAPPED"])
+    fields = ["DEV", "MAPPED_BLOCKS", "TRANSACTION", "CREATE_TIME", "SNAP_TIME"]
+    assert list_devices(surgeon.device(), fields) == [["3", "12000", "0", "0", "0"]]
+    assert list_devices(surgeon.device())[0][:2] == ["3", "750MiB"]
+    for field in FIELDS:
+        if field.startswith(("HIGHEST", "EXCLUSIVE", "SHARED")):
+            with pytest.raises(Corrupt, match="thin device 3"):
+                list_devices(surgeon.device(), [field])
+
+
+def test_the_default_fields_take_the_reading_of_superblock_and_device_trees_only() -> None:
+    device = FaultyMemory(image("deep"))
+    list_devices(device)
+    sb = Image.from_bytes(image("deep")).superblock()
+    read = [offset // 4096 for offset, _ in device.ops("read")]
+    assert read == [0, sb.details_root, sb.mapping_root]
 
 
 def test_unknown_fields_are_refused() -> None:

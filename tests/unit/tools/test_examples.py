@@ -20,14 +20,15 @@ def examples(tool: str) -> list[tuple[str, str]]:
     """The command lines of the section "Example" of a tool's page, with what each prints."""
     page = (ROOT / "docs" / "tools" / f"{tool}.md").read_text()
     section = page.split("\n## Example\n")[1].split("\n## ")[0]
-    text = "".join(line[4:] + "\n" for line in section.splitlines() if line.startswith("    "))
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
+    text = "\n".join(lines).strip("\n") + "\n"
     found = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
     assert found
     return found
 
 
 #: What meta.img is in the examples of a tool, where it is not "mixed".
-IMAGES = {"thin_delta": "transaction_id", "thin_rmap": "transaction_id"}
+IMAGES = dict.fromkeys(("thin_delta", "thin_dump", "thin_ls", "thin_rmap"), "transaction_id")
 
 
 @pytest.mark.parametrize("tool", [*IMAGES, *OPTION_TOOLS])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.fixtures import answer, image_path, read_xml
+from tests.support.fixtures import answer, image, image_path, read_xml
+from tests.support.image import Image
 from tests.support.tools import ROOT, Result, command, run_tool
 
 if TYPE_CHECKING:
@@ -117,10 +119,11 @@ def test_a_value_must_follow(tmp_path: Path) -> None:
     assert "a value is required for '--output <FILE>' but none was supplied" in result.stderr
 
 
-@pytest.mark.parametrize("option", ["-m", "--metadata-snap", "-m=39", "--metadata-snap=39"])
-def test_the_metadata_snapshot_is_dumped(tmp_path: Path, option: str) -> None:
-    result = dump(option, image_path("metadata_snapshot", tmp_path))
-    assert result == Result(0, answer("metadata_snapshot", "metasnap.xml"), "")
+@pytest.mark.parametrize("option", ["-m", "--metadata-snap", "-m=39", "-m39", "--metadata-snap=39"])
+def test_the_metadata_snapshot_is_dumped_so_that_it_can_be_restored(tmp_path: Path, option: str) -> None:
+    """The reference says that the data device has no blocks."""
+    recorded = answer("metadata_snapshot", "metasnap.xml").replace(b'nr_data_blocks="0"', b'nr_data_blocks="16384"')
+    assert dump(option, image_path("metadata_snapshot", tmp_path)) == Result(0, recorded, "")
 
 
 def test_a_metadata_snapshot_at_another_block_is_refused(tmp_path: Path) -> None:
@@ -136,11 +139,86 @@ def test_mappings_can_be_skipped(tmp_path: Path) -> None:
     assert b'<device dev_id="3" mapped_blocks="12000"' in result.stdout
 
 
-def test_formats_other_than_xml_are_refused(tmp_path: Path) -> None:
-    assert dump("-f", "xml", image_path("empty", tmp_path)).status == 0
-    result = dump("--format", "human_readable", image_path("empty", tmp_path))
+def test_repair_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = image_path("mixed", tmp_path)
+    for option in ("-r", "--repair"):
+        result = dump(option, path, "-o", tmp_path / "out.xml")
+        assert (result.status, result.stdout) == (64, b"")
+        assert result.stderr == "thin_dump --repair is not available in this version; nothing was dumped\n"
+    assert not (tmp_path / "out.xml").exists()
+    assert "cannot be used with" in dump("-r", "-m", path).stderr
+
+
+# Overrides
+
+
+def superblock_tag(*arguments: str | Path) -> dict[str, str]:
+    result = dump(*arguments, "--skip-mappings")
+    assert (result.status, result.stderr) == (0, "")
+    return read_xml(result.stdout).superblock
+
+
+@pytest.mark.parametrize("options", [[], ["-m"]])
+def test_numbers_of_the_superblock_can_be_overridden(tmp_path: Path, options: list[str]) -> None:
+    """Transaction id and number of data blocks as in 1.x: the higher one counts; for the metadata snapshot as well."""
+    path = image_path("metadata_snapshot", tmp_path)
+    before = superblock_tag(*options, path)
+    higher = ["--transaction-id=77", "--nr-data-blocks", "99999", "--data-block-size", "256"]
+    changed = {"transaction": "77", "nr_data_blocks": "99999", "data_block_size": "256"}
+    assert superblock_tag(*options, *higher, path) == {**before, **changed}
+    assert superblock_tag(*options, "--transaction-id=0", "--nr-data-blocks=1", path) == before
+
+
+@pytest.mark.parametrize("size", ["0", "1", "127", "129", "2097280"])
+def test_a_data_block_size_that_no_pool_can_have_is_a_usage_error(tmp_path: Path, size: str) -> None:
+    result = dump("--data-block-size", size, image_path("empty", tmp_path))
+    assert (result.status, result.stdout) == (64, b"")
+    assert f"error: invalid value '{size}' for '--data-block-size <SECTORS>': invalid data block size" in result.stderr
+
+
+def test_more_data_blocks_let_mappings_lead_further(tmp_path: Path) -> None:
+    path = image_path("value_outside_device", tmp_path)
+    result = dump(path)
     assert result.status == 64
-    assert "invalid value 'human_readable' for '--format <TYPE>'" in result.stderr
+    found = re.search(r"leads to data block (\d+) of", result.stderr)
+    assert found is not None
+    assert dump("--nr-data-blocks", found[1], path).status == 64
+    assert dump("--nr-data-blocks", str(int(found[1]) + 1), path).status == 0
+
+
+def test_other_roots_give_another_pool(tmp_path: Path) -> None:
+    """Those of the metadata snapshot, found in its superblock, give what the snapshot has."""
+    path = image_path("metadata_snapshot", tmp_path)
+    roots = Image.from_bytes(path.read_bytes())
+    snap = roots.superblock(39)
+    named = [f"--data-mapping-root={snap.mapping_root}", f"--device-details-root={snap.details_root}"]
+    assert read_xml(dump(*named, path).stdout).devices == read_xml(dump("-m", path).stdout).devices
+    main = roots.superblock()
+    back = [f"--data-mapping-root={main.mapping_root}", f"--device-details-root={main.details_root}"]
+    assert read_xml(dump("-m", *back, path).stdout).devices == read_xml(answer("metadata_snapshot", "xml")).devices
+
+
+def test_a_root_that_is_none_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = image_path("metadata_snapshot", tmp_path)
+    result = dump("--device-details-root", "0", path)
+    assert (result.status, result.stdout) == (64, b"")
+    assert "device details tree: node error: block outside the device: block 0" in result.stderr
+    result = dump("--data-mapping-root", "99999999", path)
+    assert (result.status, result.stdout) == (64, b"")
+    assert "mapping top-level: node error: block outside the device" in result.stderr
+    details = Image.from_bytes(path.read_bytes()).superblock().details_root
+    assert "is also part of the device details tree" in dump("--data-mapping-root", str(details), path).stderr
+
+
+def test_roots_help_where_those_of_the_superblock_are_wrong(tmp_path: Path) -> None:
+    path = image_path("sb_mapping_root_outside", tmp_path)
+    assert dump(path).status == 64
+    root = Image.from_bytes(image("deleted_devices")).superblock().mapping_root
+    result = dump("--data-mapping-root", str(root), path)
+    assert (result.status, read_xml(result.stdout)) == (0, read_xml(answer("deleted_devices", "xml")))
+
+
+# Damage
 
 
 def test_damage_midway_ends_a_dump_with_one_sentence(tmp_path: Path) -> None:
@@ -150,6 +228,11 @@ def test_damage_midway_ends_a_dump_with_one_sentence(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
     for text in ("checksum error", "block 106", "thin device 3", "thin blocks ["):
         assert text in result.stderr
-    assert b"</superblock>" not in result.stdout
+    assert answer("random", "xml").startswith(result.stdout)
+    lost = re.search(r"thin blocks \[(\d+)\.\.", result.stderr)
+    assert lost is not None
+    # All that came before is written, but for the run that was not known to have ended.
+    following = answer("random", "xml").splitlines()[result.stdout.count(b"\n") + 1]
+    assert int(following.split(b'"')[1]) >= int(lost[1])
     quiet = dump("-q", path)
     assert (quiet.status, quiet.stderr) == (64, "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.fixtures import answer, image_path, read_xml
+from tests.support.fixtures import GOOD, answer, image_path, read_xml
 from tests.support.tools import Result, run_tool
+from thinpool.listing import FIELDS
+from tools._progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +57,46 @@ def test_an_unknown_field_is_a_usage_error(tmp_path: Path, fields: str) -> None:
 
 
 def test_damage_is_refused_with_its_place(tmp_path: Path) -> None:
-    result = ls(image_path("leaf_flipped", tmp_path))
+    result = ls("-o", "DEV,EXCLUSIVE", image_path("leaf_flipped", tmp_path))
     assert (result.status, result.stdout) == (64, b"")
     assert result.stderr.count("\n") == 1
     assert "block 106" in result.stderr
+
+
+def test_what_the_details_say_is_held_against_the_mappings_where_those_are_read(tmp_path: Path) -> None:
+    path = image_path("mapped_blocks_wrong", tmp_path)
+    assert ls("--no-headers", "-o", "MAPPED_BLOCKS", path).stdout.split()[0] == b"3431"
+    result = ls("-o", "MAPPED_BLOCKS,HIGHEST_BLOCK", path)
+    assert (result.status, result.stdout) == (64, b"")
+    assert "Thin device 0 has unexpected number of mappings, expected 3431, actual 3432" in result.stderr
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_json_tells_what_the_table_tells(name: str, tmp_path: Path) -> None:
+    path = image_path(name, tmp_path)
+    fields = ",".join(FIELDS)
+    rows = [line.split() for line in ls("--no-headers", "-o", fields, path).stdout.decode().splitlines()]
+    objects = [json.loads(line) for line in ls("--json", "-o", fields, path).stdout.decode().splitlines()]
+    assert [list(one) for one in objects] == [list(FIELDS)] * len(rows)
+    assert [["-" if value is None else str(value) for value in one.values()] for one in objects] == rows
+    for one in objects:
+        assert all(isinstance(one[field], int) for field in ("DEV", "MAPPED_BYTES", "SHARED_SECTORS", "CREATE_TIME"))
+        assert isinstance(one["MAPPED"], str)
+
+
+def test_a_listing_that_takes_long_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int, int]] = []
+
+    class Recorder(Progress):
+        def __call__(self, done: int, total: int) -> None:
+            shown.append((self._title, done, total))
+
+    monkeypatch.setattr("tools.thin_ls.Progress", Recorder)
+    path = image_path("mixed", tmp_path)
+    ls(path)
+    assert shown == [], "the default fields are at hand"
+    ls("-o", "EXCLUSIVE", path)
+    total = sum(device.details.mapped_blocks for device in read_xml(answer("mixed", "xml")).devices.values())
+    assert {title for title, _, _ in shown} == {"Scanning data mappings"}
+    assert [done for _, done, _ in shown] == sorted(done for _, done, _ in shown)
+    assert 0 < shown[0][1] <= shown[-1][1] <= total == shown[-1][2]

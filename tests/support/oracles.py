@@ -58,8 +58,12 @@ def _missing_kernel() -> str | None:
     return f"not installed: {', '.join(missing)} (Debian packages in parentheses)" if missing else None
 
 
+def _missing_lvm() -> str | None:
+    return None if find_program("lvm") else "not installed: lvm (Debian package lvm2)"
+
+
 #: By marker, a function that says what is missing on this machine, or None.
-MISSING: dict[str, Callable[[], str | None]] = {"peer": _missing_peer, "kernel": _missing_kernel}
+MISSING: dict[str, Callable[[], str | None]] = {"peer": _missing_peer, "kernel": _missing_kernel, "lvm": _missing_lvm}
 
 
 def required() -> bool:

@@ -1,7 +1,7 @@
 """Whole btrees read level by level, many nodes at a time: any number of trees at once, or one in the order of its keys.
 
 Both are made for sound trees.  What :class:`~persistent_data.btree_walk.BTreeWalk` would report of a tree, whatever its
-severity, is :class:`~persistent_data.node_batches.NotClean` here.
+severity, is :class:`~persistent_data.block_batches.NotClean` here.
 
 Nodes are taken by their height, which is the same for all the nodes of one level of a tree, and has to be the same in
 every tree that a node belongs to.  So no node is read before all those above it, none twice, and no walk goes in
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from persistent_data.block_batches import NotClean, require
 from persistent_data.btree_walk import MAX_DEPTH
-from persistent_data.node_batches import NotClean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from persistent_data.node_batches import Flags, NodeBatch, NodeBatches, Numbers, Words
+    from numpy.typing import NDArray
+
+    from persistent_data.block_batches import Flags, Numbers, Words
+    from persistent_data.node_batches import NodeBatch, NodeBatches
 
 LAST_KEY = (1 << 64) - 1
 
@@ -33,11 +36,12 @@ class Level:
     :ivar high: u8: the node's keys, and those of all nodes below it, are not above this
     :ivar label: i8: the least of the labels of the trees that the node belongs to
     :ivar references: i8: pointers to the node, those to roots included
-    :ivar is_shared: bool: several ways lead to the node, by pointers to itself or to nodes above it
+    :ivar nr_ways: i1: ways that lead to the node, by pointers to itself or to nodes above it; 2 stands for more, and
+        ways that do not count (:meth:`BatchWalk.leaves`) are left out
     :ivar is_root: bool: it is a root and no other node points to it
     """
 
-    __slots__ = ("blocks", "high", "is_root", "is_shared", "label", "low", "references")
+    __slots__ = ("blocks", "high", "is_root", "label", "low", "nr_ways", "references")
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class Level:
         high: Words,
         label: Numbers,
         references: Numbers,
-        is_shared: Flags,
+        nr_ways: NDArray[np.int8],
         is_root: Flags,
     ) -> None:
         self.blocks = blocks
@@ -54,15 +58,15 @@ class Level:
         self.high = high
         self.label = label
         self.references = references
-        self.is_shared = is_shared
+        self.nr_ways = nr_ways
         self.is_root = is_root
 
     @classmethod
-    def of_roots(cls, roots: Numbers, labels: Numbers) -> Level:
-        """Return the roots of trees, one after the other."""
+    def of_roots(cls, roots: Numbers, labels: Numbers, counts: Flags) -> Level:
+        """Return the roots of trees, one after the other; *counts* says of each tree whether ways through it count."""
         n = len(roots)
         low, high = np.zeros(n, np.uint64), np.full(n, LAST_KEY, np.uint64)
-        return cls(roots, low, high, labels, np.ones(n, np.int64), np.zeros(n, np.bool_), np.ones(n, np.bool_))
+        return cls(roots, low, high, labels, np.ones(n, np.int64), counts.astype(np.int8), np.ones(n, np.bool_))
 
     @classmethod
     def joined(cls, parts: Sequence[Level]) -> Level:
@@ -75,7 +79,7 @@ class Level:
             np.concatenate([part.high for part in parts]),
             np.concatenate([part.label for part in parts]),
             np.concatenate([part.references for part in parts]),
-            np.concatenate([part.is_shared for part in parts]),
+            np.concatenate([part.nr_ways for part in parts]),
             np.concatenate([part.is_root for part in parts]),
         )
 
@@ -90,7 +94,7 @@ class Level:
             self.high[where],
             self.label[where],
             self.references[where],
-            self.is_shared[where],
+            self.nr_ways[where],
             self.is_root[where],
         )
 
@@ -102,11 +106,12 @@ class Level:
         level = self.at(first)
         if len(blocks) < len(self):
             level.references = counts.astype(np.int64)
-            level.is_shared = counts > 1
+            nr_ways = np.zeros(len(blocks), np.int64)
+            np.add.at(nr_ways, places, self.nr_ways)
+            level.nr_ways = np.minimum(nr_ways, 2).astype(np.int8)
             np.maximum.at(level.low, places, self.low)
             np.minimum.at(level.high, places, self.high)
             np.minimum.at(level.label, places, self.label)
-            np.logical_or.at(level.is_shared, places, self.is_shared)
             np.logical_and.at(level.is_root, places, self.is_root)
         return level, places
 
@@ -125,14 +130,19 @@ class BatchWalk:
         self.levels: list[Level] = []
         self.nr_entries = np.empty(0, np.int64)
 
-    def leaves(self, roots: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[NodeBatch, Level]]:
+    def leaves(
+        self, roots: Sequence[int], labels: Sequence[int], counts: Sequence[bool] | None = None
+    ) -> Iterator[tuple[NodeBatch, Level]]:
         """Yield every leaf of the trees with these *roots*, ascending by block, and what is known of it from above.
 
         :param labels: a number for each tree; trees may have the same root
+        :param counts: for each tree whether ways through it count as ways; None for all of them
         :raises NotClean: a tree is not clean, which may come to light after its leaves have been yielded
         """
-        tops = Level.of_roots(np.array(roots, np.int64), np.array(labels, np.int64))
-        self._require_inside(tops, np.zeros(len(tops), np.int64))
+        n = len(roots)
+        counted = np.ones(n, np.bool_) if counts is None else np.array(counts, np.bool_)
+        tops = Level.of_roots(np.array(roots, np.int64), np.array(labels, np.int64), counted)
+        self._require_inside(tops, np.zeros(n, np.int64))
         heights = self._heights(tops)
         self.levels = []
         shape: list[tuple[Numbers, Numbers, Numbers]] = []
@@ -143,25 +153,26 @@ class BatchWalk:
             level, places = Level.joined([tops.at(here), *pointed_to]).distinct()
             self.levels.append(level)
             if height:
-                children, counts = self._children(level, height)
+                children, nr_entries = self._children(level, height)
                 pointed_to = [children]
             else:
-                counts = np.empty(len(level), np.int64)
+                nr_entries = np.empty(len(level), np.int64)
                 at = 0
                 for nodes, part in self._read(level, height):
-                    counts[at : at + len(part)] = nodes.nr_entries
+                    nr_entries[at : at + len(part)] = nodes.nr_entries
                     at += len(part)
                     yield nodes, part
-            shape.append((here, places, counts))
-        self.nr_entries = _add_up(shape, len(tops))
+            shape.append((here, places, nr_entries))
+        self.nr_entries = _add_up(shape, n)
 
     def leaves_in_key_order(self, root: int) -> Iterator[tuple[NodeBatch, Level]]:
         """Yield the leaves of one tree in the order of their keys; otherwise as :meth:`leaves`.
 
         Memory: 50 bytes for each leaf of the tree.
         """
-        level = Level.of_roots(np.array([root]), np.zeros(1, np.int64))
-        self._require_inside(level, np.zeros(1, np.int64))
+        zero = np.zeros(1, np.int64)
+        level = Level.of_roots(np.array([root], np.int64), zero, np.ones(1, np.bool_))
+        self._require_inside(level, zero)
         for height in range(int(self._heights(level)[0]), 0, -1):
             level, _ = self._children(level, height)
         yield from self._read(level, 0)
@@ -198,9 +209,7 @@ class BatchWalk:
             at += len(part)
             last = np.maximum(nodes.nr_entries - 1, 0)
             fits = (nodes.keys[:, 0] >= part.low) & (nodes.keys[np.arange(len(part)), last] <= part.high)
-            clean = (nodes.is_leaf == (height == 0)) & (fits | (nodes.nr_entries == 0))
-            if not clean.all():
-                raise NotClean(int(part.blocks[clean.argmin()]))
+            require((nodes.is_leaf == (height == 0)) & (fits | (nodes.nr_entries == 0)), part.blocks)
             yield nodes, part
 
     def _children(self, level: Level, height: int) -> tuple[Level, Numbers]:
@@ -221,7 +230,7 @@ class BatchWalk:
                 high,
                 part.label[parents],
                 np.ones(n, np.int64),
-                part.is_shared[parents],
+                part.nr_ways[parents],
                 np.zeros(n, np.bool_),
             )
             self._require_inside(found, part.blocks[parents])
@@ -231,9 +240,7 @@ class BatchWalk:
 
     def _require_inside(self, level: Level, holders: Numbers) -> None:
         """Make sure that the pointers, which stand in the blocks *holders*, lead to metadata blocks."""
-        inside = (level.blocks > 0) & (level.blocks < self._nr_blocks)
-        if not inside.all():
-            raise NotClean(int(holders[inside.argmin()]))
+        require((level.blocks > 0) & (level.blocks < self._nr_blocks), holders)
 
 
 def _add_up(shape: list[tuple[Numbers, Numbers, Numbers]], nr_roots: int) -> Numbers:

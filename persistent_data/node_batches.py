@@ -10,17 +10,15 @@ Only for programs with thousands of nodes to read: importing numpy takes as long
 
 from __future__ import annotations
 
-from itertools import pairwise
-from mmap import mmap
 from struct import calcsize
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from persistent_data.block_reader import MAX_GAP, WINDOW_BLOCKS
-from persistent_data.checksum import BTREE_NODE_SALT, crc32c, xor_of
+from persistent_data.block_batches import BlockBatches, NotClean, require
+from persistent_data.block_reader import WINDOW_BLOCKS
+from persistent_data.checksum import BTREE_NODE_SALT
 from persistent_data.layout import (
-    BLOCK_SIZE,
     INTERNAL_NODE,
     KEY_SIZE,
     LEAF_NODE,
@@ -36,10 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bufio.device import Device
-
-    Words = NDArray[np.uint64]
-    Numbers = NDArray[np.int64]
-    Flags = NDArray[np.bool_]
+    from persistent_data.block_batches import Flags, Numbers, Words
 
 CHILD_SIZE = 8
 """Bytes in a value of an internal node."""
@@ -51,14 +46,6 @@ NODE_DTYPE = np.dtype(
     ]
 )
 """The header of a node."""
-
-
-class NotClean(Exception):
-    """Something is wrong, or merely unusual, at or below metadata block *block*; the plain code knows what."""
-
-    def __init__(self, block: int) -> None:
-        super().__init__(f"metadata block {block}")
-        self.block = block
 
 
 class NodeBatch:
@@ -115,19 +102,10 @@ class NodeBatches:
     """
 
     def __init__(self, device: Device, leaf_value_size: int = 8) -> None:
-        self.device = device
-        self.nr_blocks = device.size_bytes // BLOCK_SIZE
+        self._blocks = BlockBatches(device)
+        self.nr_blocks = self._blocks.nr_blocks
         self._leaf_geometry = (max_entries(leaf_value_size), leaf_value_size)
-        # Anonymous maps begin at a page, as devices opened with O_DIRECT demand.
-        self._window = memoryview(mmap(-1, WINDOW_BLOCKS * BLOCK_SIZE))
-        self._gap = memoryview(mmap(-1, MAX_GAP * BLOCK_SIZE))
-        """Where unwanted blocks are read to."""
-        self._covered = [
-            self._window[row * BLOCK_SIZE + NODE_DTYPE["csum"].itemsize : (row + 1) * BLOCK_SIZE]
-            for row in range(WINDOW_BLOCKS)
-        ]
-        """What the checksum of each row is of."""
-        window = np.frombuffer(self._window, np.uint8).reshape(WINDOW_BLOCKS, BLOCK_SIZE)
+        window = self._blocks.window
         self._header = window[:, :NODE_HEADER_SIZE].view(NODE_DTYPE)[:, 0]
         nr_children = max_entries(CHILD_SIZE)
         nr_keys = max(nr_children, max_entries(leaf_value_size))
@@ -140,7 +118,7 @@ class NodeBatches:
         self._ascending = np.empty((WINDOW_BLOCKS, nr_keys - 1), np.bool_)
 
     def read(self, blocks: Numbers, may_be_small: Flags | None = None) -> Iterator[NodeBatch]:
-        """Yield the nodes at metadata blocks *blocks*, in the order given.
+        """Yield the nodes at metadata blocks *blocks* in the order given.
 
         The device is read in ascending order within a batch, so ascending *blocks* are read in ascending order.
 
@@ -149,54 +127,13 @@ class NodeBatches:
         :raises NotClean: one of them is not a clean node, is outside the device, cannot be read, or is asked for twice
             within a window
         """
-        for begin in range(0, len(blocks), WINDOW_BLOCKS):
-            part = blocks[begin : begin + WINDOW_BLOCKS]
-            self._fetch(part)
-            yield self._check(part, None if may_be_small is None else may_be_small[begin : begin + WINDOW_BLOCKS])
-
-    def _fetch(self, blocks: Numbers) -> None:
-        """Read *blocks*, at most a window of them, each to its row."""
-        order = np.argsort(blocks)
-        ascending = blocks[order]
-        if ascending[0] < 0 or ascending[-1] >= self.nr_blocks:
-            raise NotClean(int(ascending[0] if ascending[0] < 0 else ascending[-1]))
-        steps = np.diff(ascending)
-        if not steps.all():
-            raise NotClean(int(ascending[steps.argmin()]))
-        # Stretches of neighbours that go to neighbouring rows; several of them, and the gaps between, are one read.
-        breaks = np.flatnonzero((steps != 1) | (np.diff(order) != 1)) + 1
-        buffers: list[memoryview] = []
-        start = following = 0
-        edges = [0, *breaks.tolist(), len(blocks)]
-        for begin, end in pairwise(edges):
-            first, row = int(ascending[begin]), int(order[begin])
-            gap = first - following
-            if buffers and gap > MAX_GAP:
-                self._read(buffers, start)
-                buffers = []
-            if not buffers:
-                start = first
-            elif gap:
-                buffers.append(self._gap[: gap * BLOCK_SIZE])
-            buffers.append(self._window[row * BLOCK_SIZE : (row + end - begin) * BLOCK_SIZE])
-            following = first + end - begin
-        self._read(buffers, start)
-
-    def _read(self, buffers: list[memoryview], block: int) -> None:
-        try:
-            if len(buffers) == 1:
-                self.device.readinto(buffers[0], block * BLOCK_SIZE)
-            else:
-                self.device.preadv(buffers, block * BLOCK_SIZE)
-        except OSError as error:
-            raise NotClean(block) from error
+        for begin, part in self._blocks.fetch(blocks):
+            yield self._check(part, None if may_be_small is None else may_be_small[begin : begin + len(part)])
 
     def _check(self, blocks: Numbers, may_be_small: Flags | None) -> NodeBatch:
         """Check the first rows of the window as the nodes at *blocks*."""
         n = len(blocks)
         header = self._header[:n]
-        checksums = np.fromiter(map(crc32c, self._covered[:n]), np.uint32, n)
-        checksums ^= np.uint32(xor_of(BTREE_NODE_SALT))
         flags = header["flags"]
         is_leaf = flags == LEAF_NODE
         nr_entries = header["nr_entries"].astype(np.int64)
@@ -205,14 +142,14 @@ class NodeBatches:
         least = geometry // 3
         if may_be_small is not None:
             least[may_be_small] = ~is_leaf[may_be_small]  # only a leaf that is the whole tree may be empty
-        clean = checksums == header["csum"]
+        clean = self._blocks.checksums(n, BTREE_NODE_SALT) == header["csum"]
         clean &= header["blocknr"] == blocks.view(np.uint64)
         clean &= is_leaf | (flags == INTERNAL_NODE)
         clean &= header["max_entries"] == geometry
         clean &= header["value_size"] == np.where(is_leaf, value_size, CHILD_SIZE)
         clean &= header["padding"] == 0
         clean &= (nr_entries >= least) & (nr_entries <= geometry)
-        _require(clean, blocks)
+        require(clean, blocks)
 
         keys = self._keys[:n]
         unused, ascending = self._unused[:n], self._ascending[:n]
@@ -227,9 +164,3 @@ class NodeBatches:
 def _columns(window: NDArray[np.uint8], offset: int, count: int, size: int) -> Words:
     """Return *count* numbers of *size* bytes from byte *offset* of each row."""
     return window[:, offset : offset + count * size].view(f"<u{size}")
-
-
-def _require(clean: Flags, blocks: Numbers) -> None:
-    """Raise :class:`NotClean` for the first of *blocks* that is not *clean*."""
-    if not clean.all():
-        raise NotClean(int(blocks[clean.argmin()]))

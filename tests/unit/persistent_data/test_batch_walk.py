@@ -10,9 +10,10 @@ import pytest
 
 from bufio import MemoryDevice
 from persistent_data.batch_walk import LAST_KEY, BatchWalk
+from persistent_data.block_batches import NotClean
 from persistent_data.block_reader import BlockReader
 from persistent_data.btree_walk import MAX_DEPTH, BTreeWalk, NoVisitor, TreeKind
-from persistent_data.node_batches import NodeBatches, NotClean
+from persistent_data.node_batches import NodeBatches
 from persistent_data.ref_counts import RefCounts
 from tests.support.fixtures import image
 from tests.support.image import Image
@@ -43,7 +44,7 @@ class Found:
                 self.leaves[block] = nodes.keys[i, :count].tolist(), nodes.values[i, :count].tolist()
         for level in walk.levels:
             self.labels.update(zip(level.blocks.tolist(), level.label.tolist(), strict=True))
-            self.shared.update(zip(level.blocks.tolist(), level.is_shared.tolist(), strict=True))
+            self.shared.update(zip(level.blocks.tolist(), (level.nr_ways > 1).tolist(), strict=True))
         self.references = Counter(
             {
                 block: count

@@ -12,10 +12,11 @@ import pytest
 
 from bufio import MemoryDevice
 from persistent_data import format as declared
+from persistent_data.block_batches import NotClean
 from persistent_data.block_reader import MAX_GAP, WINDOW_BLOCKS
 from persistent_data.checksum import BTREE_NODE_SALT, block_checksum
 from persistent_data.layout import max_entries
-from persistent_data.node_batches import NODE_DTYPE, NodeBatches, NotClean
+from persistent_data.node_batches import NODE_DTYPE, NodeBatches
 from persistent_data.node_check import check_node
 from tests.support.declarations import field_names, offset_of
 from tests.support.fixtures import image

@@ -1,0 +1,118 @@
+"""Metadata blocks by the hundred: read in few transfers, and handed out as the rows of one array.
+
+Only for programs with thousands of blocks to read: importing numpy takes as long as checking 2,500 nodes one by one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from mmap import mmap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from persistent_data.block_reader import MAX_GAP, WINDOW_BLOCKS
+from persistent_data.checksum import crc32c, xor_of
+from persistent_data.layout import BLOCK_SIZE, CHECKSUM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from bufio.device import Device
+
+    Words = NDArray[np.uint64]
+    Numbers = NDArray[np.int64]
+    Flags = NDArray[np.bool_]
+
+
+class NotClean(Exception):
+    """Something is wrong, or merely unusual, at or below metadata block *block*; the plain code knows what."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__(f"metadata block {block}")
+        self.block = block
+
+
+def require(clean: Flags, blocks: Numbers) -> None:
+    """Raise :class:`NotClean` for the first of *blocks* that is not *clean*."""
+    if not clean.all():
+        raise NotClean(int(blocks[clean.argmin()]))
+
+
+class BlockBatches:
+    """Reads blocks of *device*, up to :data:`~persistent_data.block_reader.WINDOW_BLOCKS` of them at a time.
+
+    Memory: one window.
+
+    :ivar nr_blocks: whole blocks on the device
+    :ivar window: u1, shape (WINDOW_BLOCKS, 4096): the rows that were read last
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.nr_blocks = device.size_bytes // BLOCK_SIZE
+        # Anonymous maps begin at a page, as devices opened with O_DIRECT demand.
+        self._rows = memoryview(mmap(-1, WINDOW_BLOCKS * BLOCK_SIZE))
+        self._gap = memoryview(mmap(-1, MAX_GAP * BLOCK_SIZE))
+        """Where unwanted blocks are read to."""
+        self._covered = [
+            self._rows[row * BLOCK_SIZE + CHECKSUM.size : (row + 1) * BLOCK_SIZE] for row in range(WINDOW_BLOCKS)
+        ]
+        """What the checksum of each row is of."""
+        self.window = np.frombuffer(self._rows, np.uint8).reshape(WINDOW_BLOCKS, BLOCK_SIZE)
+
+    def fetch(self, blocks: Numbers) -> Iterator[tuple[int, Numbers]]:
+        """Read *blocks* in the order given; for each windowful yield how many came before, and which are in the rows.
+
+        The device is read in ascending order within a window, so ascending *blocks* are read in ascending order.
+
+        :raises NotClean: one of them is outside the device, cannot be read, or is asked for twice in a window
+        """
+        for begin in range(0, len(blocks), WINDOW_BLOCKS):
+            part = blocks[begin : begin + WINDOW_BLOCKS]
+            self._fill(part)
+            yield begin, part
+
+    def checksums(self, count: int, salt: int) -> NDArray[np.uint32]:
+        """Return the checksums that the first *count* rows must carry if they are of the kind of *salt*."""
+        checksums = np.fromiter(map(crc32c, self._covered[:count]), np.uint32, count)
+        checksums ^= np.uint32(xor_of(salt))
+        return checksums
+
+    def _fill(self, blocks: Numbers) -> None:
+        """Read *blocks*, at most a window of them, each to its row."""
+        order = np.argsort(blocks)
+        ascending = blocks[order]
+        if ascending[0] < 0 or ascending[-1] >= self.nr_blocks:
+            raise NotClean(int(ascending[0] if ascending[0] < 0 else ascending[-1]))
+        steps = np.diff(ascending)
+        if not steps.all():
+            raise NotClean(int(ascending[steps.argmin()]))
+        # Stretches of neighbours that go to neighbouring rows; several of them, and the gaps between, are one read.
+        breaks = np.flatnonzero((steps != 1) | (np.diff(order) != 1)) + 1
+        buffers: list[memoryview] = []
+        start = following = 0
+        for begin, end in pairwise([0, *breaks.tolist(), len(blocks)]):
+            first, row = int(ascending[begin]), int(order[begin])
+            gap = first - following
+            if buffers and gap > MAX_GAP:
+                self._read(buffers, start)
+                buffers = []
+            if not buffers:
+                start = first
+            elif gap:
+                buffers.append(self._gap[: gap * BLOCK_SIZE])
+            buffers.append(self._rows[row * BLOCK_SIZE : (row + end - begin) * BLOCK_SIZE])
+            following = first + end - begin
+        self._read(buffers, start)
+
+    def _read(self, buffers: list[memoryview], block: int) -> None:
+        try:
+            if len(buffers) == 1:
+                self.device.readinto(buffers[0], block * BLOCK_SIZE)
+            else:
+                self.device.preadv(buffers, block * BLOCK_SIZE)
+        except OSError as error:
+            raise NotClean(block) from error

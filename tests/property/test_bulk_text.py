@@ -53,7 +53,7 @@ def test_one_writer_serves_batches_of_any_size(bits: int, monkeypatch: pytest.Mo
     for size in (1, 1000, 63, 64, 65, 3, 129):
         kinds = [dice.randrange(3) for _ in range(size)]
         columns = [[dice.getrandbits(dice.randrange(1, bits + 1)) for _ in range(size)] for _ in range(3)]
-        arrays = [np.array(column, np.uint64 if bits > 32 else np.uint32) for column in columns]
+        arrays = [np.array(column, np.uint64) for column in columns]
         assert text.lines(np.array(kinds, np.uint8), arrays) == expected(kinds, columns)
 
 

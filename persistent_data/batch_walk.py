@@ -166,15 +166,30 @@ class BatchWalk:
         self.nr_entries = _add_up(shape, n)
 
     def leaves_in_key_order(self, root: int) -> Iterator[tuple[NodeBatch, Level]]:
-        """Yield the leaves of one tree in the order of their keys; otherwise as :meth:`leaves`.
+        """Yield the leaves of one tree in the order of their keys; otherwise as :meth:`leaves`."""
+        yield from self.read_leaves(self.leaf_level(root))
+
+    def leaf_level(self, root: int) -> Level:
+        """Return what is known from above of the leaves of one tree, in the order of their keys; read none of them.
 
         Memory: 50 bytes for each leaf of the tree.
+
+        :raises NotClean: what is above the leaves is not clean, or leads to a node twice
         """
         zero = np.zeros(1, np.int64)
         level = Level.of_roots(np.array([root], np.int64), zero, np.ones(1, np.bool_))
         self._require_inside(level, zero)
         for height in range(int(self._heights(level)[0]), 0, -1):
             level, _ = self._children(level, height)
+            if len(np.unique(level.blocks)) < len(level):
+                raise NotClean(root)
+        return level
+
+    def read_leaves(self, level: Level) -> Iterator[tuple[NodeBatch, Level]]:
+        """Yield leaves of which *level* is known, in that order, and what is known of them.
+
+        :raises NotClean: one of them is not clean, or no leaf, or does not fit its place
+        """
         yield from self._read(level, 0)
 
     def _heights(self, tops: Level) -> Numbers:

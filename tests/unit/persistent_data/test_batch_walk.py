@@ -332,3 +332,16 @@ def test_in_key_order_what_is_broken_is_found_as_well(forest: Forest) -> None:
     forest.internal(5, keys, leaves)
     walk = BatchWalk(NodeBatches(forest.surgeon.device()), 400)
     assert [level.blocks.tolist() for _, level in walk.leaves_in_key_order(top)] == [leaves]
+
+
+def test_only_some_leaves_are_read_if_that_is_wanted(forest: Forest) -> None:
+    keys, leaves = forest.leaves(10)
+    top = forest.internal(5, keys, leaves)
+    forest.surgeon.flip(leaves[4])
+    walk = BatchWalk(NodeBatches(forest.surgeon.device()), 400)
+    level = walk.leaf_level(top)
+    assert level.blocks.tolist() == leaves
+    some = level.at(np.array([7, 2, 9]))
+    assert [nodes.blocks.tolist() for nodes, _ in walk.read_leaves(some)] == [[leaves[7], leaves[2], leaves[9]]]
+    with pytest.raises(NotClean):
+        list(walk.read_leaves(level))

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from bufio import MemoryDevice

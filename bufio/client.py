@@ -411,6 +411,7 @@ class Client:
         error: OSError | None = OSError(errno.EIO, f"write of block {target.block_number} was interrupted", self.name)
         try:
             target.data[:] = source.data
+            me = (1, get_ident())
             try:
                 self._lock.release()
                 if home.prepare is not None:
@@ -423,7 +424,7 @@ class Client:
                 self.device.pwrite(target.data, home.offset + target.block_number * self.block_size)
                 error = None
             finally:
-                self._lock.acquire()
+                self._core.take_again(me)
         except OSError as failure:
             error = failure
             raise

@@ -258,11 +258,12 @@ class WriteBack:
         gate.acquire()
         core = self._core
         core.counters.waits += 1
+        me = (1, get_ident())
         try:
             core.lock.release()
             gate.acquire()
         finally:
-            core.lock.acquire()
+            core.take_again(me)
 
     def abandon(self) -> None:
         """Take note that what was not reported so far never will be: whoever wanted it knows from an exception."""
@@ -301,7 +302,13 @@ class Core:
     ) -> None:
         self.block_size = block_size
         self.engine: Engine = SyncEngine() if engine is None else engine
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.take_again: Callable[[tuple[int, int]], None] = self.lock._acquire_restore  # type: ignore[attr-defined]
+        """Acquires the lock after it was given up in the middle of a step; takes (1, the thread's ident).
+
+        It is what ``threading.Condition`` uses.  A signal whose handler raises ends a wait in ``acquire`` without the
+        lock, and whoever then goes on as if it had it gives back that of another thread.
+        """
         self.clean: dict[CachedBlock, None] = {}
         self.dirty: dict[CachedBlock, None] = {}
         self.counters = Stats()
@@ -506,6 +513,7 @@ class Core:
         block = buffer.block_number
         view = buffer.data if home.end_bytes is None else self._view(buffer)
         error: OSError | None = None
+        me = (1, get_ident())
         home.arriving[block] = buffer
         self.nr_reading += 1
         arrived = False
@@ -517,7 +525,7 @@ class Core:
             error = failure
         finally:
             try:
-                self.lock.acquire()
+                self.take_again(me)
             finally:
                 # As arrived(), but without a call on the way, at which a signal could keep it from happening.
                 if arrived:
@@ -548,8 +556,13 @@ class Core:
             with self.lock:
                 self.counters.reads += len(results)
                 for buffer, error in zip(buffers[first:], results, strict=False):
-                    self.arrived(buffer, error)
+                    if home.arriving.get(buffer.block_number) is buffer:
+                        self.arrived(buffer, error)
+                    else:
+                        # Told again, after an interrupt that may have come between the arrival and this.
+                        self._announce(buffer)
 
+        me = (1, get_ident())
         try:
             try:
                 self.lock.release()
@@ -560,7 +573,7 @@ class Core:
                     extents = self._extents(home, buffers, [buffer.block_number for buffer in buffers])
                 self.engine.start_read(home.device, extents, done, waiting=waiting)
             finally:
-                self.lock.acquire()
+                self.take_again(me)
         except BaseException:
             self._drain()
             self.cancel_reads(buffers)
@@ -606,15 +619,34 @@ class Core:
         """
         home = buffer.home
         block = buffer.block_number
+        assisting = True
+        while assisting:
+            assisting = self._assist(home)
+            if home.arriving.get(block) is not buffer:
+                return self._arrival_error(buffer, home, block)
         gate = threading.Lock()
         gate.acquire()
         self._gates.setdefault(buffer, []).append(gate)
         self.counters.waits += 1
+        me = (1, get_ident())
         try:
             self.lock.release()
             gate.acquire()
         finally:
-            self.lock.acquire()
+            self.take_again(me)
+        return self._arrival_error(buffer, home, block)
+
+    def _assist(self, home: CachedDevice) -> bool:
+        """Let the engine use this thread for another read, if it can.  Gives the lock up meanwhile."""
+        me = (1, get_ident())
+        try:
+            self.lock.release()
+            return self.engine.assist(home.device)
+        finally:
+            self.take_again(me)
+
+    @staticmethod
+    def _arrival_error(buffer: CachedBlock, home: CachedDevice, block: int) -> OSError | None:
         failed = buffer.home is home and buffer.block_number == block and isinstance(buffer.aux, OSError)
         return buffer.aux if failed else None
 
@@ -637,6 +669,7 @@ class Core:
         try:
             self._set_writing(batch, transfer)
             extents, nr_bytes = self._dirty_extents(home, batch, transfer.numbers)
+            me = (1, get_ident())
             try:
                 self.lock.release()
                 prepare = home.prepare
@@ -645,7 +678,7 @@ class Core:
                         prepare(buffer)
                 self.engine.start_write(home.device, extents, transfer.done, waiting=waiting)
             finally:
-                self.lock.acquire()
+                self.take_again(me)
         except BaseException:
             self._drain()
             transfer.abandon()
@@ -669,11 +702,12 @@ class Core:
 
     def _drain(self) -> None:
         """Wait until the engine has nothing to do.  Gives the lock up meanwhile."""
+        me = (1, get_ident())
         try:
             self.lock.release()
             self.engine.drain()
         finally:
-            self.lock.acquire()
+            self.take_again(me)
 
     def write_back(self, home: CachedDevice, buffers: Iterable[CachedBlock]) -> list[CachedBlock]:
         """As :meth:`start_write_back`, and wait for the end.  Returns those that could not be written."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Done = Callable[[int, list[OSError | None]], None]
     """Called with the number of a view, counted over all extents, and for it and each of those behind it None or its
-    error.  Once for each view, in any thread, not necessarily in order."""
+    error.  In any thread, not necessarily in order; what comes for a view a second time does not count."""
 
     One = Callable[[WritableBuffer, int], None] | Callable[[ReadableBuffer, int], None]
     Many = Callable[[Sequence[WritableBuffer], int], None] | Callable[[Sequence[ReadableBuffer], int], None]
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
         def start_write(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
             """Write the views to the device.  Nothing is durable before the device's flush."""
 
+        def assist(self, device: Device) -> bool:
+            """Carry out a read of *device* that nobody has begun, in place of waiting for another one.
+
+            :returns: whether it was done; if not, nothing was: there are none, or too few to do without the caller
+            """
+
         def drain(self) -> None:
             """Wait until nothing is in flight."""
 
@@ -57,10 +63,11 @@ if TYPE_CHECKING:
 MAX_COALESCED_BYTES = 1 << 20
 """One extent is at most this long."""
 
-DEFAULT_IN_FLIGHT = 12
+DEFAULT_IN_FLIGHT = 10
 """More threads than this cost more in hand-overs than they gain in overlap, see docs/performance.md."""
 
 _IDLE_SECONDS = 5.0
+_LOOK_SECONDS = 0.01
 
 
 def split(start: int, views: list[memoryview], block_size: int) -> list[Extent]:
@@ -131,6 +138,10 @@ class SyncEngine:
             results += _carry_out(one, many, extent)
         done(0, results)
 
+    def assist(self, device: Device) -> bool:
+        """Do nothing: whatever was begun is done."""
+        return False
+
     def drain(self) -> None:
         """Do nothing: nothing is ever in flight."""
 
@@ -141,8 +152,18 @@ class SyncEngine:
 def _run(job: _Job) -> None:
     """Carry out a transfer in flight, and report it."""
     one, many, extent, first, done = job
+    offset, views = extent
+    results: list[OSError | None]
     try:
-        results = _carry_out(one, many, extent)
+        if len(views) == 1:
+            # As _carry_out, without the call.
+            try:
+                one(views[0], offset)
+                results = [None]
+            except OSError as error:
+                results = [error]
+        else:
+            results = _carry_out(one, many, extent)
     except Exception as error:
         # Nobody is there to catch it, and somebody may be waiting.
         failure = OSError(errno.EIO, f"transfer at byte {extent[0]} failed: {error!r}")
@@ -167,12 +188,13 @@ class AsyncEngine:
         self.max_in_flight = max_in_flight
         self.calls = 0
         self._jobs: deque[_Job] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._drained = threading.Condition(self._lock)
         self._idle: list[threading.Lock] = []
         """What each thread that has nothing to do waits for."""
         self._threads: set[threading.Thread] = set()
         self._closing = False
+        self._nr_assisting = 0
 
     def start_read(self, device: Device, extents: list[Extent], done: Done, *, waiting: bool = False) -> None:
         """Begin to fill the views from the device."""
@@ -183,6 +205,17 @@ class AsyncEngine:
         self._start(device.pwrite, device.pwritev, extents, done, waiting)
 
     def _start(self, one: One, many: Many, extents: list[Extent], done: Done, waiting: bool) -> None:
+        if len(extents) == 1 and not waiting:
+            # As below, for the many blocks that are read ahead one at a time.
+            job = (one, many, extents[0], 0, done)
+            with self._lock:
+                if len(self._jobs) >= len(self._idle) and len(self._threads) < self.max_in_flight:
+                    self._start_thread()
+                self.calls += 1
+                self._jobs.append(job)
+                if self._idle:
+                    self._idle.pop().release()
+            return
         jobs: list[_Job] = []
         first = 0
         for extent in extents:
@@ -208,6 +241,32 @@ class AsyncEngine:
         with self._lock:
             return self._jobs.pop() if self._jobs and self._jobs[-1][-1] is done else None
 
+    def assist(self, device: Device) -> bool:
+        """Carry out the oldest read of one view of *device* that nobody has begun, if every thread has others to do.
+
+        Whoever waits for one block of many costs two hand-overs, each of which may wake a core; whoever reads another
+        one meanwhile finds a number of them there afterwards.
+        """
+        job: _Job | None = None
+        try:
+            with self._lock:
+                jobs = self._jobs
+                if len(jobs) <= len(self._threads) or jobs[0][0] != device.readinto or len(jobs[0][2][1]) != 1:
+                    return False
+                # Without a call on the way, at which an interrupt could leave it with nobody or with two.
+                job = jobs[0]
+                del jobs[0]
+                self._nr_assisting += 1
+            _run(job)
+        except BaseException:
+            if job is not None:
+                job[-1](job[-2], [OSError(errno.EIO, "read was interrupted", device.name)])
+            raise
+        finally:
+            if job is not None:
+                self._nr_assisting -= 1
+        return True
+
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._serve, name="bufio", daemon=True)
         try:
@@ -226,7 +285,15 @@ class AsyncEngine:
         with self._lock:
             self._threads.add(threading.current_thread())
         try:
-            while (job := self._next_job(wake)) is not None:
+            while True:
+                job = None
+                with self._lock:
+                    if self._jobs:
+                        job = self._jobs.popleft()
+                if job is None:
+                    job = self._next_job(wake)
+                    if job is None:
+                        return
                 _run(job)
         finally:
             with self._lock:
@@ -268,12 +335,13 @@ class AsyncEngine:
     def drain(self) -> None:
         """Wait until nothing is in flight."""
         with self._lock:
-            while self._jobs or len(self._idle) < len(self._threads):
+            while self._jobs or len(self._idle) < len(self._threads) or self._nr_assisting:
                 if self._jobs:
                     if not self._threads:
                         self._start_thread()
                     self._wake_all()
-                self._drained.wait()
+                # Who assists tells nobody when it is done: an interrupt could keep it from that.
+                self._drained.wait(_LOOK_SECONDS if self._nr_assisting else None)
 
     def close(self) -> None:
         """Wait until nothing is in flight and the threads have ended.  The engine may be used again."""

@@ -25,6 +25,7 @@ from tests.support.bufio import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bufio.testing import Call
     from tests.support.bufio import Threads
     from tests.support.devices import FaultyMemory
 
@@ -78,6 +79,40 @@ def test_reader_goes_on_when_its_block_is_there_whatever_else_is_on_its_way(
         assert read(client, 1) == content(1)
         gate.wait_for(1)
         gate.open()
+
+
+def test_reader_whose_block_is_on_its_way_reads_what_nobody_has_begun(device: FaultyMemory, threads: Threads) -> None:
+    with AsyncEngine(max_in_flight=1) as engine, Client(device, SIZE, engine=engine) as client:
+        with device.on("read", blocks=[1]).gate(DEADLINE) as gate:
+            for block in (1, 3, 5, 7):
+                client.prefetch(block)
+            gate.wait_for(1)
+            reader = threads.submit(read, client, 1)
+            wait_until(lambda: client.stats.waits == 1)
+            # The last of them is left to the engine's thread, which must not be idle.
+            assert [client.get(block) is not None for block in (1, 3, 5, 7)] == [False, True, True, False]
+            gate.open()
+            assert result_of(reader) == content(1)
+        assert read(client, 7) == content(7)
+        assert len(device.ops("read")) == 4
+        client.discard_all()
+
+
+def test_interrupt_while_reading_something_else_leaves_nothing_to_wait_for(device: FaultyMemory) -> None:
+    def interrupt(_: Call) -> None:
+        raise KeyboardInterrupt
+
+    with AsyncEngine(max_in_flight=1) as engine, Client(device, SIZE, engine=engine) as client:
+        with device.on("read", blocks=[1]).gate(DEADLINE) as gate:
+            device.on("read", blocks=[3], times=1).call(interrupt)
+            for block in (1, 3, 5):
+                client.prefetch(block)
+            gate.wait_for(1)
+            with pytest.raises(KeyboardInterrupt):
+                client.read(1)
+            gate.open()
+        assert [read(client, block) for block in (1, 3, 5)] == [content(block) for block in (1, 3, 5)]
+        assert client.stats.held == 0
 
 
 def test_new_of_a_block_that_is_read_ahead_waits_for_it(device: FaultyMemory, client: Client, threads: Threads) -> None:

@@ -252,6 +252,104 @@ def test_start_returns_while_the_device_is_busy(device: FaultyMemory) -> None:
         assert results.wait() == [None]
 
 
+class Backlog:
+    """An engine with one thread, which the device holds up in block 0, and reads of blocks that nobody has begun."""
+
+    def __init__(self, device: FaultyMemory, queued: list[Extent]) -> None:
+        self.free = threading.Event()
+        self.begun = threading.Event()
+        device.on("read", blocks=[0]).call(self._hold_up)
+        self.engine = AsyncEngine(max_in_flight=1)
+        self.first = Results(1)
+        self.engine.start_read(device, extents_of([0]), self.first.done)
+        assert self.begun.wait(DEADLINE)
+        self.results = Results(sum(len(views) for _, views in queued))
+        self.engine.start_read(device, queued, self.results.done)
+
+    def _hold_up(self, _: Call) -> None:
+        self.begun.set()
+        assert self.free.wait(DEADLINE)
+
+    def end(self) -> list[int | None]:
+        self.free.set()
+        self.engine.close()
+        assert self.first.wait() == [None]
+        return self.results.wait()
+
+
+def test_who_waits_carries_out_the_oldest_read_that_can_be_spared(device: FaultyMemory) -> None:
+    backlog = Backlog(device, extents_of([2, 4, 6]))
+    assert backlog.engine.assist(device)
+    assert backlog.results.errors == [None, "never reported", "never reported"]
+    assert backlog.engine.assist(device)
+    # The last one is for the thread.
+    assert not backlog.engine.assist(device)
+    assert backlog.results.errors == [None, None, "never reported"]
+    assert backlog.end() == [None] * 3
+
+
+def test_nobody_assists_with_another_device_or_long_reads_or_writes(device: FaultyMemory) -> None:
+    backlog = Backlog(device, extents_of([2, 3, 6, 7, 10]))
+    assert not backlog.engine.assist(FaultyMemory(CONTENT))
+    assert not backlog.engine.assist(device)
+    assert backlog.end() == [None] * 5
+    backlog = Backlog(device, [])
+    written = Results(3)
+    backlog.engine.start_write(device, extents_of([2, 4, 6], marked), written.done)
+    assert not backlog.engine.assist(device)
+    backlog.free.set()
+    assert written.wait() == [None] * 3
+    backlog.engine.close()
+
+
+def test_read_that_fails_is_reported_by_who_assists(device: FaultyMemory) -> None:
+    device.on("read", blocks=[2]).fail(errno.EIO)
+    backlog = Backlog(device, extents_of([2, 4]))
+    assert backlog.engine.assist(device)
+    assert backlog.end() == [errno.EIO, None]
+
+
+def test_interrupt_of_who_assists_is_reported_for_what_it_read(device: FaultyMemory) -> None:
+    def interrupt(_: Call) -> None:
+        raise KeyboardInterrupt
+
+    device.on("read", blocks=[2]).call(interrupt)
+    backlog = Backlog(device, extents_of([2, 4]))
+    with pytest.raises(KeyboardInterrupt):
+        backlog.engine.assist(device)
+    assert backlog.end() == [errno.EIO, None]
+
+
+def test_drain_waits_for_who_assists(device: FaultyMemory) -> None:
+    slow = threading.Event()
+    begun = threading.Event()
+
+    def hold_up(_: Call) -> None:
+        begun.set()
+        assert slow.wait(DEADLINE)
+
+    device.on("read", blocks=[2]).call(hold_up)
+    backlog = Backlog(device, extents_of([2, 4]))
+    helper = threading.Thread(target=backlog.engine.assist, args=(device,), daemon=True)
+    helper.start()
+    assert begun.wait(DEADLINE)
+    drained = threading.Event()
+
+    def drain() -> None:
+        backlog.engine.drain()
+        drained.set()
+
+    drainer = threading.Thread(target=drain, daemon=True)
+    drainer.start()
+    backlog.free.set()
+    assert not drained.wait(0.05)
+    slow.set()
+    assert drained.wait(DEADLINE)
+    helper.join(DEADLINE)
+    drainer.join(DEADLINE)
+    assert backlog.end() == [None, None]
+
+
 def test_exception_of_another_kind_reaches_whoever_waits(device: FaultyMemory) -> None:
     """In a thread nobody would see it, and its views would be in flight for ever."""
 

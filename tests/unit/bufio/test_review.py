@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -372,35 +374,55 @@ def test_thread_that_nobody_woke_after_all_works_again(
 def test_interrupt_when_a_read_has_the_lock_again_leaves_nothing_to_wait_for(
     memory: MemoryDevice, threads: Threads
 ) -> None:
-    class Interrupted:
-        """A lock that is taken, and the signal comes."""
-
-        def __init__(self) -> None:
-            self.lock = threading.Lock()
-            self.acquire_calls = 0
-
-        def acquire(self) -> None:
-            self.lock.acquire()
-            self.acquire_calls += 1
-            if self.acquire_calls == 1:
-                raise KeyboardInterrupt
-
-        def release(self) -> None:
-            self.lock.release()
-
-        def __enter__(self) -> None:
-            self.lock.acquire()
-
-        def __exit__(self, *exc: object) -> None:
-            self.lock.release()
-
     client = Client(memory, SIZE)
-    lock: Any = Interrupted()
-    client._core.lock = client._lock = lock
+    take_again = client._core.take_again
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(me: tuple[int, int]) -> None:
+        take_again(me)
+        for interrupt in interrupts:
+            raise interrupt
+
+    client._core.take_again = interrupted
     with pytest.raises(KeyboardInterrupt):
         client.read(1)
     result_of(threads.submit(lambda: client.read(1).release()))
     assert client.stats.cached == 1
+    client.close()
+
+
+def test_interrupt_while_a_read_waits_for_the_lock_waits_too(
+    device: FaultyDevice[MemoryDevice], threads: Threads
+) -> None:
+    """The waiting ended without the lock, and at the end of the call that of another thread was given back."""
+    client = Client(device, SIZE)
+    taken = threading.Event()
+
+    def take_the_lock_and_interrupt() -> None:
+        with client._lock:
+            taken.set()
+            time.sleep(0.02)
+            signal.raise_signal(signal.SIGUSR1)
+            time.sleep(0.02)
+
+    others = []
+
+    def hand_over(_: Call) -> None:
+        others.append(threads.submit(take_the_lock_and_interrupt))
+        assert taken.wait(DEADLINE)
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    device.on("read", times=1).call(hand_over)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            client.read(1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    result_of(others[0])
+    result_of(threads.submit(lambda: client.read(1).release()))
     client.close()
 
 

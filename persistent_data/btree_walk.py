@@ -15,7 +15,7 @@ from persistent_data.damage import FATAL, NON_FATAL, UNBOUNDED, Damage, Fault
 from persistent_data.node_check import EMPTY_NODE, IO_ERROR, OUTSIDE_DEVICE, TOO_FEW_ENTRIES, Node, check_node
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Protocol
 
     from persistent_data.block_reader import BlockReader
@@ -187,6 +187,45 @@ class BTreeWalk:
         if not node.is_leaf:
             node.content = bytes(content)  # the reader's buffer is about to be used again
         return self._descend(node, number, visitor, (*path, root), 0, UNBOUNDED, 1)
+
+    def find_damage(self, root: int, kind: TreeKind, fault: Fault, path: tuple[int, ...] = ()) -> Iterator[Damage]:
+        """Find again the damage below *root*, which has been walked, and place *fault* wherever it hits this tree.
+
+        Only nodes above damage are read.  What is wrong between a node and its children is placed at the node.
+        """
+        waiting = [(root, path, 0, UNBOUNDED)]
+        seen = {root}
+        while waiting:
+            block, above, begin, end = waiting.pop()
+            here = (*above, block)
+            node = self._reread(block, kind, block == root)
+            if node is None:
+                yield Damage(fault, here, begin, end)
+                continue
+            if node.is_leaf:
+                continue
+            bounds = (*node.keys[1:], end)
+            nr_below = 0
+            below = []
+            for i, child in enumerate(node.numbers()):
+                nr_errors = self._errors.get(child, 0)
+                nr_below += nr_errors
+                if nr_errors and child not in seen:
+                    seen.add(child)
+                    below.append((child, here, node.keys[i], bounds[i]))
+            if self._errors.get(block, 0) > nr_below:
+                yield Damage(fault, here, begin, end)
+            waiting += reversed(below)
+
+    def _reread(self, block: int, kind: TreeKind, is_root: bool) -> Node | None:
+        """Read a node once more; None if it has no use."""
+        if not 0 < block < self._nr_blocks or self._summaries.get(block) is None:
+            return None
+        try:
+            content = bytes(self._reader.read(block))
+        except OSError:
+            return None
+        return check_node(content, block, kind.value_size, is_root)[0]
 
     def _damage(self, block: int, fault: Fault, path: tuple[int, ...], begin: int, end: int) -> None:
         if fault.severity == FATAL:

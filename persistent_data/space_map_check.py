@@ -287,7 +287,7 @@ def compare_counts(
             path = (*index.path, block)
             begin = i * ENTRIES_PER_BITMAP
             end = min(begin + ENTRIES_PER_BITMAP, expected.nr_blocks)
-            fault = Fault(IO_ERROR, str(content)) if isinstance(content, OSError) else _bitmap_fault(content, block)
+            fault = Fault(IO_ERROR, str(content)) if isinstance(content, OSError) else bitmap_fault(content, block)
             if fault is not None:
                 report(Damage(fault, path, begin, end))
                 complete = False
@@ -321,7 +321,8 @@ def compare_counts(
         report(Damage(Fault(NR_ALLOCATED, detail, ADVISORY), (0,)))
 
 
-def _bitmap_fault(content: memoryview, location: int) -> Fault | None:
+def bitmap_fault(content: ReadableBuffer, location: int) -> Fault | None:
+    """Say what keeps *content*, read from block *location*, from being a bitmap; None if nothing does."""
     csum, _, blocknr = BLOCK_HEADER.unpack_from(content)
     if csum != block_checksum(content, BITMAP_SALT):
         kind = kind_of(content)
@@ -331,6 +332,19 @@ def _bitmap_fault(content: memoryview, location: int) -> Fault | None:
     if blocknr != location:
         return Fault(BLOCKNR_MISMATCH, f"the block says it is block {blocknr}")
     return None
+
+
+def nr_free_is_wrong(nr_free: int, nr_zero: int, nr_entries: int) -> bool:
+    """Judge the nr_free of a bitmap that has *nr_zero* zeros among *nr_entries* entries.
+
+    The kernel counts entries beyond the end of the space map as free; some restore tools do not.
+    """
+    return nr_free not in (nr_zero, nr_zero + ENTRIES_PER_BITMAP - nr_entries)
+
+
+def none_free_before_is_too_high(none_free_before: int, first_zero: int) -> bool:
+    """Judge the none_free_before of a bitmap whose first zero is entry *first_zero*, -1 if it has none."""
+    return none_free_before > (first_zero if first_zero >= 0 else ENTRIES_PER_BITMAP)
 
 
 def _check_hints(
@@ -344,18 +358,14 @@ def _check_hints(
     begin: int,
     end: int,
 ) -> None:
-    """Compare nr_free and none_free_before of a bitmap with its *nr_entries* entries.
-
-    The kernel counts entries beyond the end of the space map as free; some restore tools do not.
-    """
+    """Compare nr_free and none_free_before of a bitmap with its *nr_entries* entries."""
     nr_free = index.nr_free[number]
-    rest = ENTRIES_PER_BITMAP - nr_entries
-    if nr_free not in (nr_zero, nr_zero + rest):
-        detail = f"bitmap {number} has {nr_zero + rest} free entries, its index entry says {nr_free}"
+    if nr_free_is_wrong(nr_free, nr_zero, nr_entries):
+        nr_zero += ENTRIES_PER_BITMAP - nr_entries
+        detail = f"bitmap {number} has {nr_zero} free entries, its index entry says {nr_free}"
         report(Damage(Fault(NR_FREE, detail, ADVISORY), path, begin, end))
     hint = index.none_free_before[number]
-    limit = first_zero if first_zero >= 0 else ENTRIES_PER_BITMAP
-    if hint > limit:
+    if none_free_before_is_too_high(hint, first_zero):
         detail = f"entry {first_zero} of bitmap {number} is free, its index entry says none before {hint}"
         report(Damage(Fault(NONE_FREE_BEFORE, detail, ADVISORY), path, begin, end))
 

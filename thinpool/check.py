@@ -9,11 +9,12 @@ Every tool starts with this module: it imports nothing that takes long to load.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from persistent_data.block_reader import BlockReader
 from persistent_data.btree_walk import BTreeWalk
-from persistent_data.damage import ADVISORY, FATAL, SEVERITIES, show_range
+from persistent_data.damage import ADVISORY, FATAL, SEVERITIES, Fault, show_range
 from persistent_data.layout import ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS
 from persistent_data.node_check import IO_ERROR, OUTSIDE_DEVICE
 from persistent_data.ref_counts import RefCounts
@@ -57,12 +58,12 @@ from thinpool.trees import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from bufio.device import Device
     from persistent_data.damage import Damage, Severity
     from persistent_data.node_check import Node
-    from persistent_data.space_map_check import CountError
+    from persistent_data.space_map_check import CountError, Index
     from thinpool.layout import SpaceMapRoot
 
 SUPERBLOCK = "superblock"
@@ -80,6 +81,7 @@ DATA_BLOCK_OUTSIDE = "data block outside the data device"
 TIME_IN_FUTURE = "time is later than the pool's"
 TIMES_OUT_OF_ORDER = "device times out of order"
 SHARED_LOOKS_EXCLUSIVE = "shared data block looks exclusive"
+SHARED_DAMAGE = "damage shared with another device"
 
 _SUSPECT = 1 << 32
 """In a mark, beside the highest time below a node: some mapping there must not be shared."""
@@ -92,16 +94,32 @@ class Options:
     :ivar super_block_only: the superblock and nothing else
     :ivar skip_mappings: stop after the two device trees
     :ivar metadata_snap: the trees of the metadata snapshot in place of the pool's own, and no space maps
+    :ivar mapping_root: metadata block to use in place of the superblock's data_mapping_root, and no space maps, which
+        count what the superblock leads to; without effect on the metadata snapshot
+    :ivar details_root: the same for device_details_root
     """
 
-    __slots__ = ("metadata_snap", "skip_mappings", "super_block_only")
+    __slots__ = ("details_root", "mapping_root", "metadata_snap", "skip_mappings", "super_block_only")
 
     def __init__(
-        self, *, super_block_only: bool = False, skip_mappings: bool = False, metadata_snap: bool = False
+        self,
+        *,
+        super_block_only: bool = False,
+        skip_mappings: bool = False,
+        metadata_snap: bool = False,
+        mapping_root: int | None = None,
+        details_root: int | None = None,
     ) -> None:
         self.super_block_only = super_block_only
         self.skip_mappings = skip_mappings
         self.metadata_snap = metadata_snap
+        self.mapping_root = mapping_root
+        self.details_root = details_root
+
+    @property
+    def is_overridden(self) -> bool:
+        """True when the pool's trees are not those that the superblock names."""
+        return self.mapping_root is not None or self.details_root is not None
 
 
 class Finding:
@@ -182,6 +200,28 @@ class Report:
         return "\n".join(f"{f.severity}: {f.message}" for f in self.findings) or "clean"
 
 
+class Counts:
+    """What a check has counted that read everything: the references to each block, and where the counts on disk are.
+
+    :ivar superblock: the pool's, as it was read
+    :ivar data: references to each data block
+    :ivar metadata: references to each metadata block
+    :ivar data_index: index of the data space map
+    :ivar metadata_index: index of the metadata space map
+    """
+
+    __slots__ = ("data", "data_index", "metadata", "metadata_index", "superblock")
+
+    def __init__(
+        self, superblock: Superblock, data: RefCounts, metadata: RefCounts, data_index: Index, metadata_index: Index
+    ) -> None:
+        self.superblock = superblock
+        self.data = data
+        self.metadata = metadata
+        self.data_index = data_index
+        self.metadata_index = metadata_index
+
+
 class Observer:
     """Is told how the check comes along; does nothing unless overridden."""
 
@@ -190,6 +230,12 @@ class Observer:
 
     def stage(self, title: str) -> None:
         """Take note that the check goes on to *title*."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Take note that of *total* metadata blocks in use about *done* have been read."""
+
+    def counted(self, counts: Counts) -> None:
+        """Take the counts, at the end of a check that found both space maps whole; they may still be wrong."""
 
 
 def check_report(device: Device, options: Options | None = None, observer: Observer | None = None) -> Report:
@@ -225,6 +271,7 @@ class _MappingVisitor:
         self.dev_id = 0
 
     def leaf(self, node: Node, path: tuple[int, ...]) -> int:
+        self._check.another_leaf()
         if not node.keys:
             return 0
         values = node.numbers()
@@ -305,6 +352,7 @@ class _MappingVisitor:
 
 _SEVERAL = bytes(count > 1 for count in range(256))
 _CHUNK = 1 << 16
+_LEAVES_BETWEEN_NEWS = 256
 
 
 class _Check:
@@ -319,6 +367,10 @@ class _Check:
         """False once references are missing because something could not be read."""
         self._tree = SUPERBLOCK
         self._dev_id: int | None = None
+        self._own_damage: list[Damage] = []
+        """Fatal damage first met in the device that is being looked at."""
+        self._nr_leaves = 0
+        self._nr_in_use = 0
         self.prefix = ""
         self.data_counts: RefCounts | None = None
         self.data_nr_blocks = 0
@@ -352,6 +404,12 @@ class _Check:
                 actual=actual,
             )
         )
+
+    def another_leaf(self) -> None:
+        """Count a leaf of a mapping tree, which is what nearly all blocks are, and tell the observer now and then."""
+        self._nr_leaves += 1
+        if self._nr_leaves % _LEAVES_BETWEEN_NEWS == 0:
+            self._observer.progress(min(self._nr_leaves, self._nr_in_use), self._nr_in_use)
 
     def _drain(self) -> Iterator[Finding]:
         found, self._pending = self._pending, []
@@ -461,6 +519,7 @@ class _Check:
         limit = min(root.nr_blocks, MAX_METADATA_BLOCKS)
         self._references = RefCounts(max(limit, 1))
         self._references.add(SUPERBLOCK_LOCATION)
+        self._nr_in_use = root.nr_allocated
         self._walk = BTreeWalk(self._reader, limit, self._walk_damage, self._references)
         nr_data_blocks = sb.data_root.nr_blocks
         if nr_data_blocks <= limit * ENTRIES_PER_BITMAP:
@@ -498,7 +557,7 @@ class _Check:
 
     def _check_pool(self, main: Superblock, snap: Superblock | None) -> Iterator[Finding]:
         self._observer.stage(DETAILS_TREE)
-        devices = self._device_trees(main, (0,))
+        devices = self._device_trees(self._overridden(main), (0,))
         yield from self._drain()
         snap_devices: list[DeviceEntry] = []
         if snap is not None:
@@ -519,12 +578,25 @@ class _Check:
             self.prefix = SNAP_PREFIX
             yield from self._mappings(snap_devices, snap.time, None)
             self.prefix = ""
-        if not self._complete:
+        if not self._complete or self._options.is_overridden:
             return
         self._observer.stage(DATA_SPACE_MAP)
-        yield from self._data_space_map(main.data_root)
+        data_index = yield from self._data_space_map(main.data_root)
         self._observer.stage(METADATA_SPACE_MAP)
-        yield from self._metadata_space_map(main.metadata_root)
+        metadata_index = yield from self._metadata_space_map(main.metadata_root)
+        if self.data_counts is not None and data_index is not None and metadata_index is not None:
+            self._observer.counted(Counts(main, self.data_counts, self._references, data_index, metadata_index))
+
+    def _overridden(self, main: Superblock) -> Superblock:
+        """Return the superblock with the roots that were asked for."""
+        if not self._options.is_overridden:
+            return main
+        sb = copy(main)
+        if self._options.mapping_root is not None:
+            sb.data_mapping_root = self._options.mapping_root
+        if self._options.details_root is not None:
+            sb.device_details_root = self._options.details_root
+        return sb
 
     def _check_snapshot_only(self, snap: Superblock, path: tuple[int, ...]) -> Iterator[Finding]:
         self.prefix = SNAP_PREFIX
@@ -539,6 +611,7 @@ class _Check:
         """Make a finding of what a walk came upon."""
         if damage.fault.severity == FATAL:
             self._complete = False
+            self._own_damage.append(damage)
         self._damage(damage, NODE_ERROR)
 
     def _damage(self, damage: Damage, label: str = "") -> None:
@@ -622,11 +695,21 @@ class _Check:
         for device in devices:
             visitor.dev_id = self._dev_id = device.dev_id
             visitor.device = device
+            self._own_damage.clear()
             summary = self._walk.walk(device.root, MAPPING_KIND, visitor, device.path)
+            if self._walk.nr_errors(device.root) > len(self._own_damage):
+                self._place_shared_damage(device)
             self._check_mapped(device, None if summary is None else summary.nr_entries)
             if self._pending:
                 yield from self._drain()
         self._dev_id = None
+
+    def _place_shared_damage(self, device: DeviceEntry) -> None:
+        """Tell which thin blocks of a device are hit by damage that was found in a device sharing nodes with it."""
+        own = {block for damage in self._own_damage for block in damage.path[-2:]}
+        for damage in self._walk.find_damage(device.root, MAPPING_KIND, Fault(SHARED_DAMAGE), device.path):
+            if damage.block not in own:
+                self._damage(damage, NODE_ERROR)
 
     def _check_mapped(self, device: DeviceEntry, found: int | None) -> None:
         """Compare the number of mappings found with the device's details; None when the root was no use."""
@@ -687,7 +770,8 @@ class _Check:
 
     # Space maps
 
-    def _data_space_map(self, root: SpaceMapRoot) -> Iterator[Finding]:
+    def _data_space_map(self, root: SpaceMapRoot) -> Generator[Finding, None, Index | None]:
+        """Check the data space map; return its index if every count could be compared."""
         self._tree = DATA_SPACE_MAP
         limit = min(self._references.nr_blocks, self._reader.nr_blocks)
         index = read_index_tree(self._walk, root.bitmap_root, root.nr_blocks, self._damage)
@@ -696,13 +780,15 @@ class _Check:
             self._complete = False
         yield from self._drain()
         if index is None or overflow is None or self.data_counts is None or not self._complete:
-            return
+            return None
         for error in compare_counts(self.data_counts, index, overflow, root.nr_allocated, self._reader, self._damage):
             yield from self._drain()
             yield self._count_finding(error, "data", index.path)
         yield from self._drain()
+        return index
 
-    def _metadata_space_map(self, root: SpaceMapRoot) -> Iterator[Finding]:
+    def _metadata_space_map(self, root: SpaceMapRoot) -> Generator[Finding, None, Index | None]:
+        """Check the metadata space map; return its index if every count could be compared."""
         self._tree = METADATA_SPACE_MAP
         limit = min(self._references.nr_blocks, self._reader.nr_blocks)
         nr_blocks = self._references.nr_blocks
@@ -712,11 +798,12 @@ class _Check:
             self._complete = False
         yield from self._drain()
         if index is None or overflow is None or not self._complete:
-            return
+            return None
         for error in compare_counts(self._references, index, overflow, root.nr_allocated, self._reader, self._damage):
             yield from self._drain()
             yield self._count_finding(error, "metadata", index.path)
         yield from self._drain()
+        return index
 
     def _count_finding(self, error: CountError, kind: str, path: tuple[int, ...]) -> Finding:
         expected, actual = error.expected, error.actual

@@ -111,6 +111,12 @@ class Arguments:
         values = self._values.get(name)
         return values[-1] if values else None
 
+    def number(self, name: str) -> int | None:
+        """Return the value of an option converted by :func:`number`, None if it was not given."""
+        value = self.last(name)
+        assert value is None or isinstance(value, int)
+        return value
+
     def all(self, name: str) -> list[object]:
         """Return every value of a repeated option, in order."""
         return self._values.get(name, [])
@@ -198,7 +204,8 @@ class Command:
             return None
         for one, other in self.conflicts:
             if one in values and other in values:
-                raise UsageError(f"the argument '{one}' cannot be used with '{other}'")
+                named = self._by_name[one].shown(), self._by_name[other].shown()
+                raise UsageError("the argument '{}' cannot be used with '{}'".format(*named))
         unexpected = operands[self.operand :]
         if unexpected:
             raise UsageError(f"unexpected argument '{unexpected[0]}' found")

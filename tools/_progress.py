@@ -16,10 +16,12 @@ class Progress:
     Called with what is done and what there is to do, in any unit; as a context, it takes the bar away at the end.
 
     :param beside_output: the work writes to stdout meanwhile; if that is a terminal too, no bar is mixed with it
+    :ivar stage: what is being done, shown behind the bar
     """
 
     def __init__(self, title: str, *, beside_output: bool = False) -> None:
         self._title = title
+        self.stage = ""
         self._wanted = sys.stderr is not None and sys.stderr.isatty()
         if beside_output and sys.stdout is not None and sys.stdout.isatty():
             self._wanted = False
@@ -33,7 +35,13 @@ class Progress:
         self._next = monotonic() + _REDRAWN_AFTER
         filled = _WIDTH * done // max(total, 1)
         bar = ("=" * filled + ">" * (filled < _WIDTH)).ljust(_WIDTH)
-        self._draw(f"{self._title} [{bar}] {100 * done // max(total, 1)}%")
+        stage = f", {self.stage}" if self.stage else ""
+        self._draw(f"{self._title} [{bar}] {100 * done // max(total, 1)}%{stage}")
+
+    def clear(self) -> None:
+        """Make room for a line of another kind."""
+        if self._shown:
+            self._draw("")
 
     def _draw(self, line: str) -> None:
         try:
@@ -47,5 +55,4 @@ class Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._shown:
-            self._draw("")
+        self.clear()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TransactionMismatch,
         WouldBlock,
     )
+    from thinpool.leak_repair import LeakRepair, repair_leaks
     from thinpool.metadata import DeviceDetails, PoolMetadata
     from thinpool.runs import Run
     from thinpool.thin_device import LookupResult, MappedRange, ThinDevice
@@ -36,6 +37,7 @@ _HOMES = {
     "DeviceDetails": "metadata",
     "DeviceExists": "errors",
     "Difference": "differences",
+    "LeakRepair": "leak_repair",
     "LookupResult": "thin_device",
     "MappedRange": "thin_device",
     "NoSuchDevice": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "TransactionMismatch": "errors",
     "WouldBlock": "errors",
     "delta": "compare",
+    "repair_leaks": "leak_repair",
 }
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "DeviceDetails",
     "DeviceExists",
     "Difference",
+    "LeakRepair",
     "LookupResult",
     "MappedRange",
     "NoSuchDevice",
@@ -70,6 +74,7 @@ __all__ = [
     "TransactionMismatch",
     "WouldBlock",
     "delta",
+    "repair_leaks",
 ]
 
 

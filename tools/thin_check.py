@@ -41,7 +41,7 @@ COMMAND = Command(
         Option("--skip-mappings", "Check the superblock and the two device trees only"),
         Option("--ignore-non-fatal-errors", "Succeed in spite of leaks and underfull nodes"),
         Option("--clear-needs-check-flag", "Repair leaks and clear the flag, if nothing else is wrong"),
-        Option("--auto-repair", "The same; correct wrong free counts even where nothing has leaked"),
+        Option("--auto-repair", "The same; also correct free counts where nothing has leaked"),
         Option("--override-mapping-root", "Use another root of the mapping tree", value="BLOCKNR", convert=number),
         Option("--override-details-root", "Use another root of the details tree", value="BLOCKNR", convert=number),
         Option("--json", "One JSON object on each line of stdout instead of text"),

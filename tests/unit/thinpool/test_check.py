@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +17,9 @@ from thinpool.check import Finding, Observer, Options, Report, check, check_repo
 from thinpool.trees import DATA_SPACE_MAP, DETAILS_TREE, MAPPING_TREE, METADATA_SPACE_MAP, SNAP_PREFIX, TOP_LEVEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from tests.support.image import Image
     from thinpool.layout import Superblock
 
 
@@ -318,6 +320,75 @@ def test_a_shared_node_is_reported_once_and_every_device_told() -> None:
     report = run(surgeon)
     assert len([f for f in report.findings if f.rule == node_check.CHECKSUM_ERROR]) == 1
     assert [f.device for f in report.findings if f.rule == rules.MISSING_MAPPINGS] == sharers
+
+
+def test_damage_that_devices_share_is_placed_in_each_of_them() -> None:
+    surgeon = chain()
+    leaf = leaf_of(surgeon, 0)
+    surgeon.flip(leaf)
+    findings = run(surgeon).findings
+    places = {finding.device: finding for finding in findings if finding.block == leaf}
+    assert places.keys() == {finding.device for finding in findings if finding.rule == rules.MISSING_MAPPINGS}
+    assert len(places) > 2
+    image_now = surgeon.image
+    for dev_id, finding in places.items():
+        assert dev_id is not None
+        root = surgeon.device_root(dev_id)
+        keys, children = image_now.node(root).keys, image_now.node(root).children
+        at = children.index(leaf)
+        bounds = (keys[at], keys[at + 1] if at + 1 < len(keys) else 1 << 64)
+        assert (finding.keys, finding.path[-2:]) == (bounds, (root, leaf))
+        assert finding.severity == FATAL
+        assert f"thin device {dev_id}, thin blocks [{bounds[0]}..{bounds[1] - 1 if bounds[1] < 1 << 64 else ''}]" in (
+            finding.message
+        )
+    assert [f.rule for f in places.values()].count(rules.SHARED_DAMAGE) == len(places) - 1
+
+
+def test_damage_between_a_shared_node_and_its_child_is_placed_at_the_node() -> None:
+    surgeon = Surgeon(image("dirty_4"))  # a snapshot and nothing after it: the whole tree is shared
+    root = surgeon.device_root(0)
+    surgeon.value(root, 1, 1 << 40)
+    findings = run(surgeon).findings
+    hit = {
+        finding.device: finding
+        for finding in findings
+        if finding.block == root and finding.rule != rules.MISSING_MAPPINGS
+    }
+    assert hit.keys() == {0, 1}
+    assert (hit[1].rule, hit[1].keys) == (rules.SHARED_DAMAGE, (0, 1 << 64))
+
+
+@pytest.mark.parametrize("name", ["dirty_4", "snapshot_chain", "metadata_snapshot"])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_device_that_lost_something_is_told_which_thin_blocks(name: str, seed: int) -> None:
+    """Any damage below the mapping trees, compared with what a plain reader still finds."""
+    dice = random.Random(seed)
+    surgeon = Surgeon(image(name))
+    before = surgeon.image.mappings()
+    nodes = sorted({node.number for dev in before for _, node in surgeon.image.nodes(surgeon.device_root(dev))})
+    broken = set(dice.sample(nodes, dice.choice([1, 2, 5])))
+    lost: dict[int, set[int]] = {}
+    for dev in before:
+        lost[dev] = set(lost_blocks(surgeon.image, surgeon.device_root(dev), broken))
+    for block in broken:
+        surgeon.flip(block)
+    found: dict[int, list[tuple[int, int]]] = {dev: [] for dev in before}
+    for finding in run(surgeon).findings:
+        if finding.tree == MAPPING_TREE and finding.device is not None and finding.keys is not None:
+            found[finding.device].append(finding.keys)
+    for dev, blocks in lost.items():
+        told = {block for block in before[dev] if any(begin <= block < end for begin, end in found[dev])}
+        assert told == blocks, f"thin device {dev}"
+
+
+def lost_blocks(image: Image, root: int, broken: set[int]) -> Iterator[int]:
+    """Thin blocks whose way from *root* leads through a *broken* node."""
+    if root in broken:
+        yield from (key for key, _ in image.items(root))
+    elif not (node := image.node(root)).leaf:
+        for child in node.children:
+            yield from lost_blocks(image, child, broken)
 
 
 def test_space_maps_are_not_judged_by_incomplete_counts() -> None:

@@ -397,12 +397,13 @@ def test_interrupt_while_a_read_waits_for_the_lock_waits_too(
     """The waiting ended without the lock, and at the end of the call that of another thread was given back."""
     client = Client(device, SIZE)
     taken = threading.Event()
+    main = threading.get_ident()
 
     def take_the_lock_and_interrupt() -> None:
         with client._lock:
             taken.set()
             time.sleep(0.02)
-            signal.raise_signal(signal.SIGUSR1)
+            signal.pthread_kill(main, signal.SIGUSR1)
             time.sleep(0.02)
 
     others = []

@@ -10,6 +10,7 @@ import errno
 import os
 from array import array
 from bisect import bisect_right
+from itertools import chain, islice
 from mmap import PROT_READ, mmap
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,12 +28,17 @@ if TYPE_CHECKING:
 
     from bufio.device import Device
     from thinpool.mapping_walk import Subtree
+    from thinpool.reverse_batch import Columns
     from thinpool.trees import DeviceEntry
 
     Progress = Callable[[int, int], None]
 
 MOST_RUNS_IN_MEMORY = 1 << 20
 """Runs that are sorted together: some 75 MB."""
+BULK_FROM_MAPPINGS = 1 << 17
+"""Mappings from which on it takes less time to load numpy first."""
+
+_LINES_AT_A_TIME = 1024
 
 
 class ReverseRun(NamedTuple):
@@ -83,12 +89,94 @@ def reverse_map(
         cannot be written
     :raises OSError: the device cannot be read
     """
-    wanted = _Regions(disjoint(regions))
+    wanted = disjoint(regions)
     pool = PoolReader(device, metadata_snap)
+    devices = pool.devices()
+    columns = _in_bulk(pool, devices, wanted, progress)
+    if columns is None:
+        yield from _one_by_one(pool, devices, wanted, most_runs_in_memory, progress)
+        return
+    for run in columns:
+        yield from map(ReverseRun._make, zip(*(column.tolist() for column in run), strict=True))
+
+
+def reverse_map_text(
+    device: Device,
+    regions: Iterable[tuple[int, int]],
+    metadata_snap: bool = False,
+    *,
+    json: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[bytes | memoryview]:
+    """Iterate over the same as lines of text, many at a time; each piece holds until the next one is asked for.
+
+    :param json: as JSON objects
+    """
+    wanted = disjoint(regions)
+    pool = PoolReader(device, metadata_snap)
+    devices = pool.devices()
+    columns = _in_bulk(pool, devices, wanted, progress)
+    if columns is not None:
+        yield from _text_in_bulk(columns, json)
+        return
+    runs = _one_by_one(pool, devices, wanted, MOST_RUNS_IN_MEMORY, progress)
+    lines = map(_json_line if json else _line, runs)
+    while piece := "".join(islice(lines, _LINES_AT_A_TIME)):
+        yield piece.encode()
+
+
+def _line(run: ReverseRun) -> str:
+    begin, length, dev_id, thin_begin = run
+    return f"data {begin}..{begin + length} -> thin({dev_id}) {thin_begin}..{thin_begin + length}\n"
+
+
+def _json_line(run: ReverseRun) -> str:
+    begin, length, dev_id, thin_begin = run
+    return f'{{"data_begin": {begin}, "length": {length}, "dev_id": {dev_id}, "thin_begin": {thin_begin}}}\n'
+
+
+def _text_in_bulk(columns: Iterable[Columns], json: bool) -> Iterator[memoryview]:
+    from thinpool.bulk_text import LINES_AT_A_TIME, BulkText
+
+    # Columns: begin and length of the data blocks, device, begin of the thin blocks, and both ends.
+    if json:
+        text = BulkText([('{"data_begin": ', 0, ', "length": ', 1, ', "dev_id": ', 2, ', "thin_begin": ', 3, "}\n")])
+    else:
+        text = BulkText([("data ", 0, "..", 4, " -> thin(", 2, ") ", 3, "..", 5, "\n")])
+    for begins, lengths, dev_ids, thin_begins in columns:
+        for at in range(0, len(begins), LINES_AT_A_TIME):
+            part = slice(at, at + LINES_AT_A_TIME)
+            begin, length, thin_begin = begins[part], lengths[part], thin_begins[part]
+            yield text.lines(None, (begin, length, dev_ids[part], thin_begin, begin + length, thin_begin + length))
+
+
+def _in_bulk(
+    pool: PoolReader, devices: Sequence[DeviceEntry], wanted: list[tuple[int, int]], progress: Progress | None
+) -> Iterator[Columns] | None:
+    """Return the runs of a large pool, many at a time; None if the pool is small or there is something odd about it."""
+    if sum(entry.mapped_blocks for entry in devices) < BULK_FROM_MAPPINGS:
+        return None
+    from persistent_data.block_batches import NotClean
+    from thinpool.reverse_batch import ReverseBatches
+
+    columns = ReverseBatches(pool, devices, wanted, progress=progress).columns()
+    try:
+        # When there is a first batch, everything has been read.
+        return chain(list(islice(columns, 1)), columns)
+    except NotClean:
+        return None
+
+
+def _one_by_one(
+    pool: PoolReader,
+    devices: Sequence[DeviceEntry],
+    wanted: list[tuple[int, int]],
+    most_runs_in_memory: int,
+    progress: Progress | None,
+) -> Iterator[ReverseRun]:
+    nr_mappings = sum(entry.mapped_blocks for entry in devices)
     with _Sorter(most_runs_in_memory) as sorter:
-        collector = _Collector(pool, wanted, sorter)
-        devices = pool.devices()
-        nr_mappings = sum(entry.mapped_blocks for entry in devices)
+        collector = _Collector(pool, _Regions(wanted), sorter)
         for entry in devices:
             for done in collector.collect(entry):
                 if progress is not None:

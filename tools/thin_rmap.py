@@ -6,15 +6,13 @@ import sys
 from itertools import chain, islice
 from typing import TYPE_CHECKING, cast
 
-from thinpool.reverse_map import reverse_map
+from thinpool.reverse_map import reverse_map_text
 
-from ._cli import EXIT_OK, Command, Option, number, open_input, run, write_lines
+from ._cli import EXIT_OK, Command, Option, number, open_input, run, write_bytes
 from ._progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from thinpool.reverse_map import ReverseRun
+    from collections.abc import Sequence
 
     from ._cli import Arguments
 
@@ -67,26 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(COMMAND, argv, _run)
 
 
-def _text(runs: Iterable[ReverseRun]) -> Iterator[str]:
-    for begin, length, dev_id, thin_begin in runs:
-        yield f"data {begin}..{begin + length} -> thin({dev_id}) {thin_begin}..{thin_begin + length}\n"
-
-
-def _json(runs: Iterable[ReverseRun]) -> Iterator[str]:
-    for begin, length, dev_id, thin_begin in runs:
-        yield f'{{"data_begin": {begin}, "length": {length}, "dev_id": {dev_id}, "thin_begin": {thin_begin}}}\n'
-
-
 def _run(arguments: Arguments) -> int:
     metadata_snap = arguments.has("--metadata-snap")
     regions = cast("list[tuple[int, int]]", arguments.all("--region"))
-    lines = _json if arguments.has("--json") else _text
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
         with Progress("Reading") as progress:
-            runs = reverse_map(device, regions, metadata_snap, progress=progress)
+            pieces = reverse_map_text(device, regions, metadata_snap, json=arguments.has("--json"), progress=progress)
             # Everything has been read when there is a first one.
-            first = list(islice(runs, 1))
-        write_lines(lines(chain(first, runs)))
+            first = list(islice(pieces, 1))
+        for piece in chain(first, pieces):
+            write_bytes(piece)
     return EXIT_OK
 
 

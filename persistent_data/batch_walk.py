@@ -120,7 +120,7 @@ class BatchWalk:
     """Walks trees whose nodes *batches* reads.
 
     :param nr_blocks: pointers to this block or a later one are damage
-    :ivar levels: after :meth:`leaves`, distinct nodes from the highest roots down to the leaves
+    :ivar levels: after a walk, distinct nodes from the highest roots down to the leaves
     :ivar nr_entries: after :meth:`leaves`, i8: the entries in the leaves of each tree; shared leaves count in each
     """
 
@@ -141,7 +141,7 @@ class BatchWalk:
         """
         n = len(roots)
         counted = np.ones(n, np.bool_) if counts is None else np.array(counts, np.bool_)
-        tops = Level.of_roots(np.array(roots, np.int64), np.array(labels, np.int64), counted)
+        tops = Level.of_roots(_as_blocks(roots), np.array(labels, np.int64), counted)
         self._require_inside(tops, np.zeros(n, np.int64))
         heights = self._heights(tops)
         self.levels = []
@@ -177,12 +177,14 @@ class BatchWalk:
         :raises NotClean: what is above the leaves is not clean, or leads to a node twice
         """
         zero = np.zeros(1, np.int64)
-        level = Level.of_roots(np.array([root], np.int64), zero, np.ones(1, np.bool_))
+        level = Level.of_roots(_as_blocks([root]), zero, np.ones(1, np.bool_))
         self._require_inside(level, zero)
+        self.levels = [level]
         for height in range(int(self._heights(level)[0]), 0, -1):
             level, _ = self._children(level, height)
             if len(np.unique(level.blocks)) < len(level):
                 raise NotClean(root)
+            self.levels.append(level)
         return level
 
     def read_leaves(self, level: Level) -> Iterator[tuple[NodeBatch, Level]]:
@@ -256,6 +258,11 @@ class BatchWalk:
     def _require_inside(self, level: Level, holders: Numbers) -> None:
         """Make sure that the pointers, which stand in the blocks *holders*, lead to metadata blocks."""
         require((level.blocks > 0) & (level.blocks < self._nr_blocks), holders)
+
+
+def _as_blocks(pointers: Sequence[int]) -> Numbers:
+    """Return u64 as they were found, the larger ones as negative numbers, which are no blocks either."""
+    return np.array(pointers, np.uint64).view(np.int64)
 
 
 def _add_up(shape: list[tuple[Numbers, Numbers, Numbers]], nr_roots: int) -> Numbers:

@@ -276,7 +276,7 @@ def test_the_last_key_there_is(forest: Forest) -> None:
     assert forest.verdict(3)
 
 
-@pytest.mark.parametrize("root", [0, 400, 1 << 62])
+@pytest.mark.parametrize("root", [0, 400, 1 << 62, LAST_KEY])
 def test_roots_outside_the_device(forest: Forest, root: int) -> None:
     assert not forest.verdict(root)
 

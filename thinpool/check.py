@@ -9,7 +9,6 @@ Every tool starts with this module: it imports nothing that takes long to load.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TYPE_CHECKING
 
 from persistent_data.block_reader import BlockReader
@@ -355,7 +354,7 @@ class _MappingVisitor:
 
 _SEVERAL = bytes(count > 1 for count in range(256))
 _CHUNK = 1 << 16
-_LEAVES_BETWEEN_NEWS = 256
+_LEAVES_BETWEEN_NEWS = 64
 
 
 class _Check:
@@ -560,7 +559,8 @@ class _Check:
 
     def _check_pool(self, main: Superblock, snap: Superblock | None) -> Iterator[Finding]:
         self._observer.stage(DETAILS_TREE)
-        devices = self._device_trees(self._overridden(main), (0,))
+        self._override(main)
+        devices = self._device_trees(main, (0,))
         yield from self._drain()
         snap_devices: list[DeviceEntry] = []
         if snap is not None:
@@ -594,16 +594,12 @@ class _Check:
         if self.data_counts is not None and data_index is not None and metadata_index is not None:
             self._observer.counted(Counts(main, self.data_counts, self._references, data_index, metadata_index))
 
-    def _overridden(self, main: Superblock) -> Superblock:
-        """Return the superblock with the roots that were asked for."""
-        if not self._options.is_overridden:
-            return main
-        sb = copy(main)
+    def _override(self, main: Superblock) -> None:
+        """Take the roots that were asked for in place of the superblock's."""
         if self._options.mapping_root is not None:
-            sb.data_mapping_root = self._options.mapping_root
+            main.data_mapping_root = self._options.mapping_root
         if self._options.details_root is not None:
-            sb.device_details_root = self._options.details_root
-        return sb
+            main.device_details_root = self._options.details_root
 
     def _is_clean(
         self, main: Superblock, devices: list[DeviceEntry], snap: Superblock | None, snap_devices: list[DeviceEntry]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +31,7 @@ from tests.support.fixtures import (
 )
 from tests.support.pools import assert_sound
 from tests.support.surgeon import Surgeon
-from tests.support.tools import Result, run_process, run_tool
+from tests.support.tools import ROOT, Result, command, run_process, run_tool
 from thinpool.check import check_report
 from tools.thin_check import main
 
@@ -33,7 +39,17 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-FORBIDDEN_AT_START = {"argparse", "construct", "dataclasses", "logging", "numpy", "pathlib", "thinpool.metadata"}
+FORBIDDEN_AT_START = {
+    "argparse",
+    "construct",
+    "dataclasses",
+    "json",
+    "logging",
+    "numpy",
+    "pathlib",
+    "thinpool.leak_repair",
+    "thinpool.metadata",
+}
 
 
 STRICTER = {
@@ -481,3 +497,106 @@ def test_facts_of_the_pool_are_the_recorded_ones(tmp_path: Path) -> None:
         free = facts.nr_metadata_blocks - facts.used_metadata_blocks
         expected = f"TRANSACTION_ID={facts.transaction_id}\nMETADATA_FREE_BLOCKS={free}\n"
         assert check(image_path(name, tmp_path)).stdout.decode() == expected
+
+
+# Ends that nobody wants: never 2, which would have a pool activated unchecked
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONPATH": "/nonexistent"},
+        {"PYTHONHOME": "/nonexistent"},
+        {"PYTHONHASHSEED": "x"},
+        {"PYTHONIOENCODING": "no such encoding"},
+        {"PYTHONUTF8": "7"},
+        {"PYTHONMALLOC": "no such allocator"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_an_interpreter_that_does_not_start_is_no_missing_program(tmp_path: Path, environment: dict[str, str]) -> None:
+    path = image_path("empty", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.thin_check", "-q", path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode not in (0, 2)
+    assert done.stderr
+
+
+@pytest.mark.parametrize(
+    "lost", ["bufio/device.py", "persistent_data/checksum.py", "thinpool/check.py", "tools/_cli.py"]
+)
+def test_a_missing_module_is_no_missing_program(tmp_path: Path, lost: str) -> None:
+    for package in ("bufio", "persistent_data", "thinpool", "tools"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / lost).unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.thin_check", "-q", image_path("empty", tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode not in (0, 2)
+    assert b"ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize("megabytes", [12, 16, 18, 20, 22, 24, 32])
+def test_too_little_memory_is_no_missing_program(tmp_path: Path, megabytes: int) -> None:
+    limits = (megabytes << 20, megabytes << 20)
+    done = subprocess.run(
+        command("thin_check", "-q", image_path("random", tmp_path)),
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 2
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02, 0.03, 0.05])
+def test_an_interrupt_is_no_missing_program(tmp_path: Path, delay: float) -> None:
+    process = subprocess.Popen(
+        command("thin_check", image_path("many_devices", tmp_path)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode != 2
+
+
+def test_a_directory_that_has_gone_does_not_matter(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = shlex.join(command("thin_check", "-q", image_path("empty", tmp_path)))
+    done = subprocess.run(
+        ["sh", "-c", f"rmdir {gone}; exec {line}"],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(("name", "status"), [("random", 0), ("leaf_flipped", 64)])
+def test_nobody_has_to_read_the_messages(tmp_path: Path, name: str, status: int) -> None:
+    """What could not be written to a closed pipe must not be tried again when the interpreter ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = command("thin_check", image_path(name, tmp_path))
+    done = subprocess.run(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=writing, timeout=60, check=False)
+    os.close(writing)
+    assert done.returncode == status

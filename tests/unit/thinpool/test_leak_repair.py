@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,12 @@ from tests.support.surgeon import Surgeon
 from thinpool.check import Counts, Observer, check, check_report
 from thinpool.errors import Corrupt, OutOfSpace, ThinError
 from thinpool.leak_repair import LeakRepair, repair_leaks
+from thinpool.needs_check import clear_needs_check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bufio.device import Device
+    from bufio.device import Device, ReadableBuffer, WritableBuffer
 
 
 def counts_of(device: Device) -> Counts:
@@ -159,6 +161,33 @@ def test_the_order_is_that_of_a_commit() -> None:
     assert isinstance(superblock, Write)
     assert superblock.offset == 0
     assert type(flush).__name__ == type(last).__name__ == "Flush"
+
+
+class DirectDevice(MemoryDevice):
+    """Demands what a block device opened with O_DIRECT does: whole, aligned blocks."""
+
+    def readinto(self, buffer: WritableBuffer, offset: int) -> None:
+        self._check(buffer, offset)
+        super().readinto(buffer, offset)
+
+    def pwrite(self, data: ReadableBuffer, offset: int) -> None:
+        self._check(data, offset)
+        super().pwrite(data, offset)
+
+    @staticmethod
+    def _check(buffer: ReadableBuffer, offset: int) -> None:
+        assert not isinstance(buffer, bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        assert (address % BLOCK, memoryview(buffer).nbytes % BLOCK, offset % BLOCK) == (0, 0, 0)
+
+
+def test_block_devices_are_read_and_written_past_the_page_cache() -> None:
+    surgeon = Surgeon(with_leaks(small_pool(), data=[999], metadata=[60]))
+    surgeon.superblock(flags=1)
+    device = DirectDevice(surgeon.content())
+    repair_leaks(device)
+    assert clear_needs_check(device)
+    assert_sound(device)
 
 
 # What is not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from tests.support.fixtures import (
 )
 from tests.support.pools import assert_sound
 from tests.support.surgeon import Surgeon
-from tests.support.tools import ROOT, Result, command, run_process, run_tool
+from tests.support.tools import ROOT, Result, command, run_as_anybody, run_process, run_tool
 from thinpool.check import check_report
 from tools.thin_check import main
 
@@ -329,6 +330,56 @@ def test_an_error_in_writing_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     last = result.stderr.splitlines()[-1]
     assert (result.status, last) == (64, f"cannot write the repair: {path}: cannot write: the metadata is as it was")
     assert path.read_bytes() == before
+
+
+WRITING = ["--auto-repair", "--clear-needs-check-flag"]
+
+
+@pytest.mark.parametrize("option", WRITING)
+def test_a_repair_needs_permission_to_write(tmp_path: Path, option: str) -> None:
+    path = image_path("data_leak", tmp_path)
+    path.chmod(0o444)
+    before = path.read_bytes()
+    result = run_as_anybody("thin_check", option, path)
+    assert (result.status, result.stdout) == (64, b"")
+    assert result.stderr == f"Couldn't open input file '{path}': Permission denied (os error 13)\n"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", WRITING)
+def test_a_pool_in_use_is_not_repaired(tmp_path: Path, option: str) -> None:
+    path = image_path("data_leak", tmp_path)
+    before = path.read_bytes()
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert "Device or resource busy (os error 16)" in check(option, path).stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", WRITING)
+@pytest.mark.parametrize("output", ["pipe", "/dev/full"])
+def test_nothing_is_repaired_that_cannot_be_told(tmp_path: Path, option: str, output: str) -> None:
+    path = image_path("data_leak", tmp_path)
+    before = path.read_bytes()
+    if output == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(output, os.O_WRONLY)
+    line = command("thin_check", option, path)
+    done = subprocess.run(line, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert done.returncode == 64
+    assert done.stderr.decode().removeprefix("Checking thin metadata\n") == (
+        "" if output == "pipe" else "output error: No space left on device (os error 28)\n"
+    )
+    assert path.read_bytes() == before
+
+
+def test_a_repair_does_not_change_the_dump(tmp_path: Path) -> None:
+    path = image_path("dirty_2", tmp_path)
+    assert check("-q", "--auto-repair", path) == Result(0, b"", "")
+    assert run_tool("thin_dump", path).stdout == answer("dirty_2", "xml")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from persistent_data.block_batches import NotClean
 from persistent_data.block_reader import WINDOW_BLOCKS
 from persistent_data.layout import max_entries
-from persistent_data.node_batches import NodeBatches, NotClean
+from persistent_data.node_batches import NodeBatches
 from thinpool.dump import NEXT_BLOCK, Emitter
 from thinpool.layout import MAX_DATA_BLOCK, TIME_BITS, TIME_MASK
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from persistent_data.node_batches import NodeBatch, Words
+    from persistent_data.block_batches import Words
+    from persistent_data.node_batches import NodeBatch
     from thinpool.dump import Run
     from thinpool.ir import Visitor
     from thinpool.leaf_lists import Leaves

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bufio.device import ReadableBuffer
-    from persistent_data.node_batches import Words
+    from persistent_data.block_batches import Words
     from thinpool.bulk_text import BulkText
 
 _BUFFERED_LINES = 1024

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from persistent_data.node_batches import Words
+    from persistent_data.block_batches import Words
     from thinpool.ir import Device, Superblock
 
 _SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'

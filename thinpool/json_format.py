@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from persistent_data.block_batches import Words
     from thinpool.ir import Device, Superblock
 
-_RUN = '{"type": "mapping", "%s": %%d, "thin_begin": %%d, "data_begin": %%d, "length": %%d, "time": %%d}\\n'
+_RUN = '{"type": "mapping", "%s": %%d, "thin_begin": %%d, "data_begin": %%d, "length": %%d, "time": %%d}\n'
 _OWNERS = ("dev_id", "def")
 """What the mappings belong to: a device, or a shared part."""
 _RUNS = [_RUN % owner for owner in _OWNERS]

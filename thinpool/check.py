@@ -237,7 +237,10 @@ class Observer:
         """Take note that of *total* metadata blocks in use about *done* have been read."""
 
     def counted(self, counts: Counts) -> None:
-        """Take the counts, at the end of a check that found both space maps whole; they may still be wrong."""
+        """Take the counts, at the end of a check that found both space maps whole; they may still be wrong.
+
+        Of a large pool in which nothing at all is wrong there are none.
+        """
 
 
 def check_report(device: Device, options: Options | None = None, observer: Observer | None = None) -> Report:
@@ -411,7 +414,10 @@ class _Check:
         """Count a leaf of a mapping tree, which is what nearly all blocks are, and tell the observer now and then."""
         self._nr_leaves += 1
         if self._nr_leaves % _LEAVES_BETWEEN_NEWS == 0:
-            self._observer.progress(min(self._nr_leaves, self._nr_in_use), self._nr_in_use)
+            self._tell_progress(self._nr_leaves)
+
+    def _tell_progress(self, nr_leaves: int) -> None:
+        self._observer.progress(min(nr_leaves, self._nr_in_use), self._nr_in_use)
 
     def _drain(self) -> Iterator[Finding]:
         found, self._pending = self._pending, []
@@ -609,7 +615,7 @@ class _Check:
             return False
         from thinpool.fast_check import is_clean
 
-        return is_clean(self._reader, self._references, main, devices, snap, snap_devices)
+        return is_clean(self._reader, self._references, main, devices, snap, snap_devices, self._tell_progress)
 
     def _check_snapshot_only(self, snap: Superblock, path: tuple[int, ...]) -> Iterator[Finding]:
         self.prefix = SNAP_PREFIX

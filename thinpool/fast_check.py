@@ -242,10 +242,12 @@ class _Leaves:
 
     def finish(self) -> None:
         """Compare with the space map."""
-        left = self._left[: self._nr_blocks]
-        complete = not (left == 1).any() if self._exclusive is None else not left.any()
-        if not complete or self._nr_mappings != self._nr_references:
+        if self._nr_mappings != self._nr_references:
             raise NotClean(0)
+        for begin in range(0, self._nr_blocks, _CHUNK):
+            left = self._left[begin : min(begin + _CHUNK, self._nr_blocks)]
+            if (left == 1).any() if self._exclusive is None else left.any():
+                raise NotClean(0)
         if self._exclusive is not None:
             self._exclusive.finish()
 
@@ -296,6 +298,8 @@ class _ExclusiveInPool(_Exclusive):
         if (self._counts[self._marks] > 1).any():
             raise NotClean(0)
 
+
+_CHUNK = 1 << 20
 
 _MET = 2
 """In place of a count of one: there is a mapping to the block."""

@@ -46,8 +46,8 @@ class Verdicts:
         self.seen: list[bool] = []
         original = fast_check.is_clean
 
-        def is_clean(reader: BlockReader, *arguments: Any, **named: Any) -> bool:
-            self.seen.append(original(reader, *arguments, **named))
+        def is_clean(reader: BlockReader, *arguments: Any) -> bool:
+            self.seen.append(original(reader, *arguments))
             return self.seen[-1]
 
         monkeypatch.setattr(fast_check, "is_clean", is_clean)

@@ -92,10 +92,7 @@ class BatchEmitter(Emitter):
         clean = nodes.is_leaf & np.where(nr_entries > 0, fits, self._is_root[leaves])
         if not clean.all():
             raise NotClean(int(nodes.blocks[clean.argmin()]))
-        if (nr_entries == _MAX_ENTRIES).all():
-            keys, values = keys.reshape(-1), nodes.values.reshape(-1)
-        else:
-            keys, values = nodes.entries()
+        keys, values = nodes.entries()
         if len(keys) and values.max() >= self._end:
             raise NotClean(int(nodes.blocks[0]))
         self._geometry[leaves] = _MAX_ENTRIES

@@ -97,7 +97,9 @@ def made_pool(
 
 
 def _cuts(dice: Random, nr_places: int) -> list[tuple[int, int]]:
-    """Which leaves may stand below one node."""
+    """Which leaves may stand below one node; all of them as often as not."""
+    if dice.random() < 0.5:
+        return [(0, nr_places)]
     at = [0, *sorted(dice.sample(range(1, nr_places), dice.randint(0, min(3, nr_places - 1)))), nr_places]
     return list(pairwise(at))
 
@@ -139,4 +141,6 @@ def _tree(maker: _Maker, leaves: list[Mappings | None], groups: list[tuple[int, 
             nodes.append((below[0][0], maker.node([key for key, _ in below], [block for _, block in below], False)))
     if not nodes:
         return maker.node([], [], True)
+    if len(groups) == 1:
+        return nodes[0][1]
     return maker.node([key for key, _ in nodes], [block for _, block in nodes], False)

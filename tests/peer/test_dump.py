@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,9 +24,9 @@ HINTS = {"nr_free is wrong", "none_free_before is too high", "nr_allocated is wr
 
 
 def our_dump(content: bytes) -> bytes:
-    out = io.BytesIO()
-    dump(MemoryDevice(content), XmlWriter(out.write))
-    return out.getvalue()
+    parts: list[bytes] = []
+    dump(MemoryDevice(content), XmlWriter(parts.append))
+    return b"".join(parts)
 
 
 def restored(name: str, tmp_path: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,9 +57,9 @@ def record(device: MemoryDevice, **options: bool | Collection[int]) -> list[tupl
 
 
 def xml(device: MemoryDevice, options: Options | None = None) -> bytes:
-    out = io.BytesIO()
-    dump(device, XmlWriter(out.write), options)
-    return out.getvalue()
+    parts: list[bytes] = []
+    dump(device, XmlWriter(parts.append), options)
+    return b"".join(parts)
 
 
 # Sharing

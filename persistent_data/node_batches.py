@@ -83,6 +83,8 @@ class NodeBatch:
 
     def entries(self) -> tuple[Words, Words]:
         """Return all keys and all values of a batch of leaves, one node after the other, as arrays of their own."""
+        if not self.unused.any():
+            return self.keys.reshape(-1), self.values.reshape(-1)
         used = ~self.unused
         return self.keys[used], self.values[used]
 

@@ -89,10 +89,9 @@ class BulkText:
         self._templates = templates
         self._tables = [np.empty(0, "V1"), *(_digit_table(digits) for digits in range(1, _AT_ONCE + 1))]
         self._shapes: dict[tuple[int, ...], _Shape] = {}
-        self._out = np.empty(0, np.uint8)
 
     def lines(self, kinds: NDArray[np.uint8] | None, columns: Sequence[Numbers]) -> memoryview:
-        """Return lines as text, which holds until the next call.
+        """Return lines as text.
 
         :param kinds: the kind of each line; None if there is only one
         :param columns: the numbers of the lines, arrays of one length
@@ -118,7 +117,7 @@ class BulkText:
         order = np.argsort(codes, kind="stable")
         begins = (ends - lengths).take(order)
         columns = [column.take(order) for column in columns]
-        out = self._room(int(ends[-1]))
+        out = np.empty(int(ends[-1]), np.uint8)
         at = 0
         for code, shape in zip(present.tolist(), shapes, strict=True):
             # Windows as wide as a line, one at each byte: assigning to one lays a line down there.
@@ -133,7 +132,7 @@ class BulkText:
     def _alike(self, shape: _Shape, columns: Sequence[Numbers]) -> memoryview:
         """Return lines that are all of one shape."""
         count = len(columns[0])
-        out = self._room(count * shape.size)
+        out = np.empty(count * shape.size, np.uint8)
         lines = out.view(f"V{shape.size}")
         for at in range(0, count, _ROWS):
             following = at + _ROWS
@@ -148,11 +147,6 @@ class BulkText:
             kind, *digits = parts
             shape = self._shapes[parts] = _Shape(self._templates[kind], digits)
         return shape
-
-    def _room(self, size: int) -> Bytes:
-        if len(self._out) < size:
-            self._out = np.empty(size, np.uint8)
-        return self._out[:size]
 
 
 def _narrowed(numbers: Numbers) -> Numbers:

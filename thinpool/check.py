@@ -237,7 +237,10 @@ class Observer:
         """Take note that of *total* metadata blocks in use about *done* have been read."""
 
     def counted(self, counts: Counts) -> None:
-        """Take the counts, at the end of a check that found both space maps whole; they may still be wrong."""
+        """Take the counts, at the end of a check that found both space maps whole; they may still be wrong.
+
+        Of a large pool in which nothing at all is wrong there are none.
+        """
 
 
 def check_report(device: Device, options: Options | None = None, observer: Observer | None = None) -> Report:
@@ -375,7 +378,9 @@ class _Check:
         self._nr_in_use = 0
         self.prefix = ""
         self.data_counts: RefCounts | None = None
+        """Made when the first mapping tree is walked."""
         self.data_nr_blocks = 0
+        self._can_count_data = False
 
     def add(
         self,
@@ -411,7 +416,10 @@ class _Check:
         """Count a leaf of a mapping tree, which is what nearly all blocks are, and tell the observer now and then."""
         self._nr_leaves += 1
         if self._nr_leaves % _LEAVES_BETWEEN_NEWS == 0:
-            self._observer.progress(min(self._nr_leaves, self._nr_in_use), self._nr_in_use)
+            self._tell_progress(self._nr_leaves)
+
+    def _tell_progress(self, nr_leaves: int) -> None:
+        self._observer.progress(min(nr_leaves, self._nr_in_use), self._nr_in_use)
 
     def _drain(self) -> Iterator[Finding]:
         found, self._pending = self._pending, []
@@ -526,7 +534,7 @@ class _Check:
         nr_data_blocks = sb.data_root.nr_blocks
         if nr_data_blocks <= limit * ENTRIES_PER_BITMAP:
             self.data_nr_blocks = nr_data_blocks
-            self.data_counts = RefCounts(nr_data_blocks)
+            self._can_count_data = True
 
     def _read_snapshot(self, main: Superblock) -> Superblock | None:
         """Return the superblock of the metadata snapshot that the pool holds, None when it cannot be used."""
@@ -575,7 +583,7 @@ class _Check:
             self._observer.stage(DATA_SPACE_MAP)
             self._observer.stage(METADATA_SPACE_MAP)
             return
-        suspects = bytearray(self.data_nr_blocks) if self.data_counts is not None else None
+        suspects = bytearray(self.data_nr_blocks) if self._can_count_data else None
         yield from self._mappings(devices, main.time, suspects)
         if suspects is not None:
             self._check_exclusive(suspects)
@@ -605,11 +613,13 @@ class _Check:
         self, main: Superblock, devices: list[DeviceEntry], snap: Superblock | None, snap_devices: list[DeviceEntry]
     ) -> bool:
         """Tell whether all that is left to check is clean; false too where node by node it takes no longer to tell."""
-        if main.metadata_root.nr_allocated < WORTH_ARRAYS or not self._complete or self.data_counts is None:
+        if main.metadata_root.nr_allocated < WORTH_ARRAYS or self._options.is_overridden:
             return False
-        from thinpool.fast_check import is_clean
+        if not self._complete or not self._can_count_data:
+            return False
+        from thinpool.fast_check import is_clean  # here, because numpy takes long to load
 
-        return is_clean(self._reader, self._references, main, devices, snap, snap_devices)
+        return is_clean(self._reader, self._references, main, devices, snap, snap_devices, self._tell_progress)
 
     def _check_snapshot_only(self, snap: Superblock, path: tuple[int, ...]) -> Iterator[Finding]:
         self.prefix = SNAP_PREFIX
@@ -703,6 +713,8 @@ class _Check:
             self.add(ADVISORY, TIME_IN_FUTURE, message, tree, device=dev_id, path=path)
 
     def _mappings(self, devices: list[DeviceEntry], pool_time: int, suspects: bytearray | None) -> Iterator[Finding]:
+        if self._can_count_data and self.data_counts is None:
+            self.data_counts = RefCounts(self.data_nr_blocks)
         visitor = _MappingVisitor(self, pool_time, suspects)
         self._tree = MAPPING_TREE
         for device in devices:

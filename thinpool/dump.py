@@ -1,41 +1,34 @@
 """Pass a pool's contents to a visitor: every device with its mappings as runs, shared parts once.
 
-Mappings are streamed.  In memory are the devices, the block numbers of the internal nodes' children, and some 30 bytes
-for each leaf; never the mappings.
+Mappings are streamed; what is in memory is described in :mod:`thinpool.leaf_lists`.  Large pools take array operations
+(:mod:`thinpool.dump_batch`), which leave all that is not as usual to the plain code here.
 """
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from persistent_data.btree_walk import (
-    FIRST_KEY_LOW,
-    LAST_KEY_HIGH,
-    MAX_DEPTH,
-    TOO_DEEP,
-    UNEVEN_DEPTH,
-    UNEVEN_GEOMETRY,
-)
-from persistent_data.damage import FATAL, UNBOUNDED, Damage, Fault
-from persistent_data.node_check import EMPTY_NODE, OUTSIDE_DEVICE, Node, check_node
+from persistent_data.btree_walk import FIRST_KEY_LOW, LAST_KEY_HIGH, UNEVEN_DEPTH
+from persistent_data.damage import FATAL, Damage, Fault
+from persistent_data.node_check import EMPTY_NODE, Node, check_node
 from thinpool.ir import Device
 from thinpool.layout import TIME_BITS, TIME_MASK
+from thinpool.leaf_lists import Leaves
 from thinpool.pool_reader import PoolReader
 from thinpool.trees import DATA_BLOCK_OUTSIDE, MAPPING_KIND, MAPPING_TREE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
-    from typing import NoReturn
+    from collections.abc import Callable, Collection
 
     import bufio.device
     from thinpool.ir import Superblock, Visitor
     from thinpool.trees import DeviceEntry
 
-_NEXT_BLOCK = 1 << TIME_BITS
+WORTH_BATCHES = 1000
+"""Leaves from which on array operations are faster, the import of the array package included."""
+NEXT_BLOCK = 1 << TIME_BITS
 """What two mappings of one run differ by: the following data block, the same time."""
-_MAX_KEY = UNBOUNDED - 1
 
 
 class Options:
@@ -92,11 +85,18 @@ class Options:
         self.details_root = details_root
 
 
-def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None = None) -> None:
+def dump(
+    device: bufio.device.Device,
+    visitor: Visitor,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Pass the pool on *device* to *visitor*.
 
     The superblock and all internal nodes are verified before the visitor is called for the first time; leaves are
     verified as they are read, so damage in a leaf ends a dump midway.
+
+    :param progress: is told how many leaves have been read, and how many there are
 
     :raises Corrupt: at the first damage
     :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block
@@ -114,14 +114,14 @@ def dump(device: bufio.device.Device, visitor: Visitor, options: Options | None 
     devices = pool.devices()
     if options.dev_ids is not None:
         devices = [entry for entry in devices if entry.dev_id in options.dev_ids]
-    leaves = _Leaves(pool)
+    leaves = Leaves(pool)
     if not options.skip_mappings:
         for entry in devices:
             leaves.add_device(entry)
         if not options.expand_shared:
             leaves.cut()
     visitor.begin_superblock(_superblock(pool, options))
-    emitter = _Emitter(pool, leaves, visitor)
+    emitter = _new_emitter(pool, leaves, visitor, progress)
     if not (options.skip_mappings or options.expand_shared):
         emitter.shared_parts()
     for number, entry in enumerate(devices):
@@ -154,275 +154,45 @@ def _superblock(pool: PoolReader, options: Options) -> Superblock:
     return superblock
 
 
-class _Subtree:
-    """An internal node and what is below it.
+def _new_emitter(
+    pool: PoolReader, leaves: Leaves, visitor: Visitor, progress: Callable[[int, int], None] | None
+) -> Emitter:
+    if leaves.nr_to_read() < WORTH_BATCHES:
+        return Emitter(pool, leaves, visitor, progress)
+    from thinpool.dump_batch import BatchEmitter
 
-    :ivar height: levels below it
-    :ivar first: its first key
-    :ivar last: its last key
-    :ivar chunks: numbers of the chunks below
+    return BatchEmitter(pool, leaves, visitor, progress)
+
+
+class Run:
+    """The run that the next mapping may belong to; none yet if *length* is 0.
+
+    :ivar begin: its first thin block
+    :ivar value: the value of its first mapping, data block and time
     """
 
-    __slots__ = ("chunks", "first", "height", "last", "max_entries")
+    __slots__ = ("begin", "length", "value")
 
-    def __init__(self, node: Node, height: int, chunks: array[int]) -> None:
-        self.first = node.keys[0]
-        self.last = node.keys[-1]
-        self.max_entries = node.max_entries
-        self.height = height
-        self.chunks = chunks
+    def __init__(self) -> None:
+        self.begin = self.value = self.length = 0
 
-
-class _Leaves:
-    """The leaves of all devices to be dumped, in order of keys, and how they follow each other.
-
-    A leaf is known by its number here.  The children of an internal node just above the leaves are a *chunk*; a device
-    is a list of chunks, so that what devices share is stored once.
-    """
-
-    _CUT = 0xFFFFFFFF
-    """In place of a neighbour: there is none, or not always the same."""
-    _UNSET = 0xFFFFFFFE
-
-    def __init__(self, pool: PoolReader) -> None:
-        self._pool = pool
-        self._numbers = array("I", [0]) * pool.nr_blocks
-        self.blocks = array("I")
-        self.lowest = array("Q")
-        """Each leaf's keys may not begin below this, whichever parent it is reached by."""
-        self.highest = array("Q")
-        """Nor go beyond this."""
-        self.is_root = bytearray()
-        self._next = array("I")
-        self._previous = array("I")
-        self._occurrences = bytearray()
-        self._chunks: list[array[int]] = []
-        self._devices: list[array[int]] = []
-        self._entries: list[DeviceEntry] = []
-        self._subtrees: dict[int, _Subtree] = {}
-        self.geometry = array("H")
-        """max_entries of each leaf, once it has been read."""
-        self._even_chunks: set[int] = set()
-        """Chunks whose leaves have the same max_entries."""
-
-    # Gathering
-
-    def add_device(self, entry: DeviceEntry) -> None:
-        """Take the leaves of the next device.
-
-        :raises Corrupt: an internal node on the way is damaged
-        """
-        self._entry = entry
-        self._entries.append(entry)
-        path = (*entry.path, entry.root)
-        chunks = self._subtree(entry.root, None, path, 0, _MAX_KEY)
-        self._devices.append(chunks)
-
-    def _refuse(self, fault: Fault, path: tuple[int, ...], low: int, high: int) -> NoReturn:
-        self._pool.refuse(Damage(fault, path, low, high + 1), MAPPING_TREE, self._entry.dev_id)
-
-    def _read(self, block: int, is_root: bool, path: tuple[int, ...], low: int, high: int) -> Node:
-        """Read a node of which nothing is known."""
-        if not 0 < block < self._pool.nr_blocks:
-            fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {block} of {self._pool.nr_blocks}")
-            self._refuse(fault, path[:-1], low, high)
-        content = bytes(self._pool.reader.read(block))
-        node, faults = check_node(content, block, MAPPING_KIND.value_size, is_root)
-        for fault in faults:
-            if fault.severity == FATAL:
-                self._refuse(fault, path, low, high)
-        assert node is not None
-        return node
-
-    def _subtree(self, block: int, height: int | None, path: tuple[int, ...], low: int, high: int) -> array[int]:
-        """Return the chunks below *block*, whose keys must be within *low* and *high*.
-
-        *height* is the number of levels below the node; None for a root, of which it is not known yet.
-        """
-        known = self._subtrees.get(block)
-        if known is None:
-            node = self._read(block, height is None, path, low, high)
-            if node.is_leaf:
-                if height is not None:
-                    self._refuse(Fault(UNEVEN_DEPTH, "a leaf among internal nodes"), path, low, high)
-                return array("I", [self._add_chunk((block,), (low,), high, True)])
-            if height is None:
-                height = self._measure(node, path)
-            known = _Subtree(node, height, self._children(node, height, path, high))
-            self._subtrees[block] = known
-        if height is not None and known.height != height:
-            self._refuse(Fault(UNEVEN_DEPTH, f"{known.height} levels below it instead of {height}"), path, low, high)
-        if known.first < low:
-            self._refuse(Fault(FIRST_KEY_LOW, f"key {known.first}, where the parent says {low}"), path, low, high)
-        if known.last > high:
-            self._refuse(Fault(LAST_KEY_HIGH, f"key {known.last}, where the parent ends at {high}"), path, low, high)
-        last_leaf = self._chunks[known.chunks[-1]][-1]
-        self.highest[last_leaf] = min(self.highest[last_leaf], high)
-        return known.chunks
-
-    def _measure(self, node: Node, path: tuple[int, ...]) -> int:
-        """Return the height of an internal root: the way down to the first leaf."""
-        height = 0
-        while not node.is_leaf:
-            height += 1
-            if height == MAX_DEPTH:
-                self._refuse(Fault(TOO_DEEP, f"more than {MAX_DEPTH} levels"), path, 0, _MAX_KEY)
-            child = node.numbers()[0]
-            path = (*path, child)
-            node = self._read(child, False, path, 0, _MAX_KEY)
-        return height
-
-    def _children(self, node: Node, height: int, path: tuple[int, ...], high: int) -> array[int]:
-        """Return the chunks below a node whose keys do not go beyond *high*."""
-        keys = node.keys
-        children = node.numbers()
-        if height == 1:
-            for i, child in enumerate(children):
-                if not 0 < child < self._pool.nr_blocks:
-                    fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {child} of {self._pool.nr_blocks}")
-                    self._refuse(fault, path, keys[i], high)
-            return array("I", [self._add_chunk(children, keys, high, False)])
-        chunks = array("I")
-        for i, child in enumerate(children):
-            bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
-            child_path = (*path, child)
-            chunks += self._subtree(child, height - 1, child_path, keys[i], bound)
-            found, wanted = self._subtrees[child].max_entries, self._subtrees[children[0]].max_entries
-            if found != wanted:
-                self._refuse(Fault(UNEVEN_GEOMETRY, f"{found} instead of {wanted}"), child_path, keys[i], bound)
-        return chunks
-
-    def _add_chunk(self, leaves: tuple[int, ...], keys: tuple[int, ...], high: int, is_root: bool) -> int:
-        numbers = array("I")
-        for i, block in enumerate(leaves):
-            bound = keys[i + 1] - 1 if i + 1 < len(keys) else high
-            number = self.number(block)
-            if number < 0:
-                number = len(self.blocks)
-                self._numbers[block] = number + 1
-                self.blocks.append(block)
-                self.lowest.append(keys[i])
-                self.highest.append(bound)
-                self.is_root.append(is_root)
-                self.geometry.append(0)
-            else:
-                self.lowest[number] = max(self.lowest[number], keys[i])
-                self.highest[number] = min(self.highest[number], bound)
-                self.is_root[number] &= is_root
-            numbers.append(number)
-        self._chunks.append(numbers)
-        return len(self._chunks) - 1
-
-    # Cutting into parts that devices share
-
-    def cut(self) -> None:
-        """Find out which leaves always stand next to each other, and which occur more than once.
-
-        Neighbours a, b belong to one part if b follows every a and a precedes every b, in all devices.
-        """
-        nr_leaves = len(self.blocks)
-        self._next = array("I", [self._UNSET]) * nr_leaves
-        self._previous = array("I", [self._UNSET]) * nr_leaves
-        self._occurrences = bytearray(nr_leaves)
-        uses = array("Q", [0]) * len(self._chunks)
-        for chunks in self._devices:
-            last = self._CUT
-            for chunk in chunks:
-                uses[chunk] += 1
-                self._join(last, self._chunks[chunk][0])
-                last = self._chunks[chunk][-1]
-            self._join(last, self._CUT)
-        for chunk, nr_uses in enumerate(uses):
-            before = self._CUT
-            for leaf in self._chunks[chunk]:
-                if before != self._CUT:
-                    self._join(before, leaf)
-                before = leaf
-                self._occurrences[leaf] = min(self._occurrences[leaf] + nr_uses, 2)
-
-    def _join(self, a: int, b: int) -> None:
-        if a != self._CUT:
-            self._next[a] = b if self._next[a] in (self._UNSET, b) else self._CUT
-        if b != self._CUT:
-            self._previous[b] = a if self._previous[b] in (self._UNSET, a) else self._CUT
-
-    def number(self, block: int) -> int:
-        """Return the number of the leaf at *block*."""
-        return self._numbers[block] - 1
-
-    def is_shared(self, leaf: int) -> bool:
-        """Tell whether a leaf occurs more than once."""
-        return bool(self._occurrences) and self._occurrences[leaf] > 1
-
-    def is_head(self, leaf: int) -> bool:
-        """Tell whether a leaf begins a part."""
-        before = self._previous[leaf]
-        return before == self._CUT or self._next[before] != leaf
-
-    def part(self, head: int) -> Iterator[int]:
-        """Yield the leaves of the part that begins with *head*."""
-        leaf = head
-        while True:
-            yield leaf
-            after = self._next[leaf]
-            if after == self._CUT or self._previous[after] != leaf:
-                return
-            leaf = after
-
-    def shared_heads(self) -> list[int]:
-        """Return the first leaves of all shared parts, ascending by metadata block."""
-        heads = [leaf for leaf in range(len(self.blocks)) if self.is_shared(leaf) and self.is_head(leaf)]
-        return sorted(heads, key=self.blocks.__getitem__)
-
-    def check_geometry(self, number: int, entry: DeviceEntry) -> None:
-        """Compare max_entries of the leaves of a device, all of which have been read, with those of their siblings.
-
-        :raises Corrupt: they differ, so some values are not where they were looked for
-        """
-        for chunk in self._devices[number]:
-            if chunk in self._even_chunks:
-                continue
-            leaves = self._chunks[chunk]
-            wanted = self.geometry[leaves[0]]
-            for leaf in leaves:
-                if self.geometry[leaf] != wanted:
-                    fault = Fault(UNEVEN_GEOMETRY, f"{self.geometry[leaf]} instead of {wanted}")
-                    path, dev_id = self.locate(leaf, entry)
-                    damage = Damage(fault, path, self.lowest[leaf], self.highest[leaf] + 1)
-                    self._pool.refuse(damage, MAPPING_TREE, dev_id)
-            self._even_chunks.add(chunk)
-
-    def locate(self, leaf: int, entry: DeviceEntry | None) -> tuple[tuple[int, ...], int]:
-        """Return the way to a leaf and the id of a device it belongs to: *entry*, or the first one to have it."""
-        if entry is None:
-            entry = next(e for e, chunks in zip(self._entries, self._devices, strict=True) if self._has(chunks, leaf))
-        block = self.blocks[leaf]
-        path = (*entry.path, entry.root)
-        while path[-1] != block:
-            node = self._read(path[-1], True, path, 0, _MAX_KEY)
-            children = node.numbers()
-            if block in children or node.is_leaf:
-                path = (*path, block)
-            else:
-                path = (*path, children[max(bisect_right(node.keys, self.lowest[leaf]) - 1, 0)])
-        return path, entry.dev_id
-
-    def _has(self, chunks: array[int], leaf: int) -> bool:
-        return any(leaf in self._chunks[chunk] for chunk in chunks)
-
-    def of_device(self, number: int) -> Iterator[int]:
-        """Yield the leaves of a device, by its number in the order of :meth:`add_device`."""
-        for chunk in self._devices[number]:
-            yield from self._chunks[chunk]
+    def end(self, visitor: Visitor) -> None:
+        """Pass on the run: nothing follows that could belong to it."""
+        if self.length:
+            visitor.mapping(self.begin, self.value >> TIME_BITS, self.length, self.value & TIME_MASK)
 
 
-class _Emitter:
+class Emitter:
     """Reads leaves and passes what they hold to a visitor, as runs."""
 
-    def __init__(self, pool: PoolReader, leaves: _Leaves, visitor: Visitor) -> None:
+    def __init__(
+        self, pool: PoolReader, leaves: Leaves, visitor: Visitor, progress: Callable[[int, int], None] | None
+    ) -> None:
         self._pool = pool
         self._leaves = leaves
         self._visitor = visitor
+        self._progress = progress
+        self._nr_done = 0
         self._part_sizes: dict[int, int] = {}
         """Mappings of each shared part, by the part's first leaf."""
 
@@ -433,7 +203,7 @@ class _Emitter:
         """
         for head in self._leaves.shared_heads():
             self._visitor.begin_shared(self._leaves.blocks[head])
-            self._part_sizes[head] = self._stream(self._leaves.part(head), None)
+            self._part_sizes[head] = self._stream(array("I", self._leaves.part(head)), None)
             self._visitor.end_shared()
 
     def device(self, number: int, entry: DeviceEntry) -> None:
@@ -449,36 +219,49 @@ class _Emitter:
                 own.append(leaf)
                 continue
             if own:
-                found += self._stream(iter(own), entry)
+                found += self._stream(own, entry)
                 own = array("I")
             if leaves.is_head(leaf):
                 found += self._part_sizes[leaf]
                 self._visitor.shared(leaves.blocks[leaf])
-        found += self._stream(iter(own), entry)
+        found += self._stream(own, entry)
         leaves.check_geometry(number, entry)
         self._pool.check_nr_mappings(entry, found)
 
-    def _stream(self, leaves: Iterator[int], entry: DeviceEntry | None) -> int:
+    def _stream(self, leaves: array[int], entry: DeviceEntry | None) -> int:
         """Pass on the mappings of consecutive leaves as runs; return their number."""
+        run = Run()
+        found = self._pass_on(leaves, entry, run)
+        run.end(self._visitor)
+        return found
+
+    def _pass_on(self, leaves: array[int], entry: DeviceEntry | None, run: Run) -> int:
+        """Pass on the mappings of consecutive leaves, but for the last *run*; return their number."""
         mapping: Callable[[int, int, int, int], None] = self._visitor.mapping
         found = 0
-        begin = value = length = 0
-        next_key = next_value = -1
-        for block, content in self._pool.reader.read_in_order(self._leaves.blocks[leaf] for leaf in leaves):
+        begin, value, length = run.begin, run.value, run.length
+        next_key, next_value = begin + length, value + length * NEXT_BLOCK
+        blocks = self._leaves.blocks
+        for block, content in self._pool.reader.read_in_order(blocks[leaf] for leaf in leaves):
             node = self._check(self._leaves.number(block), block, content, entry)
             found += len(node.keys)
             for key, mapped in zip(node.keys, node.numbers(), strict=True):
-                if key == next_key and mapped == next_value:
+                if key == next_key and mapped == next_value and length:
                     length += 1
                 else:
                     if length:
                         mapping(begin, value >> TIME_BITS, length, value & TIME_MASK)
                     begin, value, length = key, mapped, 1
                 next_key = key + 1
-                next_value = mapped + _NEXT_BLOCK
-        if length:
-            mapping(begin, value >> TIME_BITS, length, value & TIME_MASK)
+                next_value = mapped + NEXT_BLOCK
+            self._done(1)
+        run.begin, run.value, run.length = begin, value, length
         return found
+
+    def _done(self, nr_leaves: int) -> None:
+        self._nr_done += nr_leaves
+        if self._progress is not None:
+            self._progress(self._nr_done, self._leaves.nr_to_read())
 
     def _check(self, leaf: int, block: int, content: bytes, entry: DeviceEntry | None) -> Node:
         """Verify everything about a leaf, in the context of all its parents."""

@@ -33,7 +33,7 @@ from thinpool.layout import TIME_BITS, TIME_MASK
 from thinpool.trees import MAPPING_KIND
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
     from numpy.typing import NDArray
@@ -56,6 +56,7 @@ def is_clean(
     devices: Sequence[DeviceEntry],
     snap: Superblock | None = None,
     snap_devices: Sequence[DeviceEntry] = (),
+    progress: Callable[[int], object] | None = None,
 ) -> bool:
     """Tell whether the mapping trees and both space maps of a pool are clean.
 
@@ -66,9 +67,10 @@ def is_clean(
     :param devices: of the pool, with their roots
     :param snap: the superblock of the metadata snapshot that is held
     :param snap_devices: of that, with their roots
+    :param progress: is called with the number of leaves that have been read
     """
     try:
-        _check(reader, references, main, devices, snap, snap_devices)
+        _check(reader, references, main, devices, snap, snap_devices, progress)
     except NotClean:
         return False
     return True
@@ -85,13 +87,14 @@ def _check(
     devices: Sequence[DeviceEntry],
     snap: Superblock | None,
     snap_devices: Sequence[DeviceEntry],
+    progress: Callable[[int], object] | None,
 ) -> None:
     if not references.nr_blocks == main.metadata_root.nr_blocks <= reader.nr_blocks:
         raise NotClean(0)
     metadata = _MetadataCounts(references)
     batches = BlockBatches(reader.device)
     data_counts = _read_data_space_map(reader, batches, main.data_root, metadata)
-    _check_mappings(reader, data_counts, metadata, main, devices, snap, snap_devices)
+    _check_mappings(reader, data_counts, metadata, main, devices, snap, snap_devices, progress)
     del data_counts
     _check_metadata_space_map(reader, batches, main.metadata_root, metadata)
 
@@ -163,6 +166,7 @@ def _check_mappings(
     devices: Sequence[DeviceEntry],
     snap: Superblock | None,
     snap_devices: Sequence[DeviceEntry],
+    progress: Callable[[int], object] | None,
 ) -> None:
     walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size), metadata.nr_blocks)
     everybody = [*devices, *snap_devices]
@@ -170,8 +174,12 @@ def _check_mappings(
     labels = [device.snapshotted_time for device in devices] + [_NEVER] * len(snap_devices)
     counts = [True] * len(devices) + [False] * len(snap_devices)
     leaves = _Leaves(data_counts, main.time, None if snap is None else snap.time)
+    nr_leaves = 0
     for nodes, level in walk.leaves([device.root for device in everybody], labels, counts):
         leaves.take(nodes, level)
+        nr_leaves += len(level)
+        if progress is not None:
+            progress(nr_leaves)
     leaves.finish()
     metadata.add_nodes(walk.levels)
     wanted = np.array([device.mapped_blocks for device in everybody], np.uint64)
@@ -234,10 +242,12 @@ class _Leaves:
 
     def finish(self) -> None:
         """Compare with the space map."""
-        left = self._left[: self._nr_blocks]
-        complete = not (left == 1).any() if self._exclusive is None else not left.any()
-        if not complete or self._nr_mappings != self._nr_references:
+        if self._nr_mappings != self._nr_references:
             raise NotClean(0)
+        for begin in range(0, self._nr_blocks, _CHUNK):
+            left = self._left[begin : min(begin + _CHUNK, self._nr_blocks)]
+            if (left == 1).any() if self._exclusive is None else left.any():
+                raise NotClean(0)
         if self._exclusive is not None:
             self._exclusive.finish()
 
@@ -288,6 +298,8 @@ class _ExclusiveInPool(_Exclusive):
         if (self._counts[self._marks] > 1).any():
             raise NotClean(0)
 
+
+_CHUNK = 1 << 20
 
 _MET = 2
 """In place of a count of one: there is a mapping to the block."""

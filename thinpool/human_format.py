@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from thinpool.text_format import TextWriter
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from persistent_data.block_batches import Words
     from thinpool.ir import Device, Superblock
 
 _RUN = "    (%d..%d) -> (%d..%d), %d\n"
@@ -20,6 +24,8 @@ class HumanWriter(TextWriter):
 
     Ranges include their last block, and a run of one block is a range too.
     """
+
+    lines_of_runs = ((_RUN, (0, 1, 2, 3, 4)),)
 
     def begin_superblock(self, superblock: Superblock) -> None:
         """Write what the pool says of itself."""
@@ -56,6 +62,12 @@ class HumanWriter(TextWriter):
     def mapping(self, thin_begin: int, data_begin: int, length: int, time: int) -> None:
         """Write a run."""
         self._line(_RUN % (thin_begin, thin_begin + length - 1, data_begin, data_begin + length - 1, time))
+
+    def _columns(
+        self, thin_begins: Words, data_begins: Words, lengths: Words, times: Words
+    ) -> tuple[NDArray[np.uint8] | None, list[Words]]:
+        rest = lengths - lengths.dtype.type(1)
+        return None, [thin_begins, thin_begins + rest, data_begins, data_begins + rest, times]
 
     def shared(self, name: int) -> None:
         """Write a reference to a shared part."""

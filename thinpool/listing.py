@@ -43,6 +43,9 @@ FIELDS = (
 _NOTHING = "-"
 """In a HIGHEST field of a device without mappings."""
 
+WORTH_BATCHES = 1000
+"""Metadata blocks in use from which on array operations are faster, the import of the array package included."""
+
 
 def _needs_ownership(fields: Iterable[str]) -> bool:
     return any(field.startswith(_OWNERSHIP) for field in fields)
@@ -106,9 +109,24 @@ def list_devices(
     pool = PoolReader(device, metadata_snap)
     rows = [Row(entry) for entry in pool.devices()]
     if needs_walk(fields):
-        _Counter(pool, rows, _needs_ownership(fields), progress).run()
+        _count(pool, rows, _needs_ownership(fields), progress)
     sectors = pool.superblock.data_block_size
     return [[_cell(field, row, sectors) for field in fields] for row in rows]
+
+
+def _count(pool: PoolReader, rows: list[Row], ownership: bool, progress: Callable[[int, int], None] | None) -> None:
+    """Fill in *rows*."""
+    if pool.main.metadata_root.nr_allocated >= WORTH_BATCHES:
+        from persistent_data.block_batches import NotClean
+        from thinpool.listing_batch import count
+
+        try:
+            count(pool, rows, ownership, progress)
+        except NotClean:
+            pass  # what is wrong with it, if anything, takes the plain code to say
+        else:
+            return
+    _Counter(pool, rows, ownership, progress).run()
 
 
 def _cell(field: str, row: Row, sectors: int) -> str:

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from thinpool.text_format import TextWriter
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from persistent_data.block_batches import Words
     from thinpool.ir import Device, Superblock
 
 _SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'
@@ -21,6 +25,8 @@ class XmlWriter(TextWriter):
 
     The whole superblock tag is on the first line; no newline ends the last one.
     """
+
+    lines_of_runs = ((_SINGLE, (0, 1, 3)), (_RANGE, (0, 1, 2, 3)))
 
     def begin_superblock(self, superblock: Superblock) -> None:
         """Write the superblock's tag."""
@@ -62,6 +68,11 @@ class XmlWriter(TextWriter):
             self._line(_SINGLE % (thin_begin, data_begin, time))
         else:
             self._line(_RANGE % (thin_begin, data_begin, length, time))
+
+    def _columns(
+        self, thin_begins: Words, data_begins: Words, lengths: Words, times: Words
+    ) -> tuple[NDArray[np.uint8] | None, list[Words]]:
+        return (lengths != 1).view("u1"), [thin_begins, data_begins, lengths, times]
 
     def shared(self, name: int) -> None:
         """Write a reference to a shared part."""

@@ -20,12 +20,15 @@ from persistent_data.layout import BLOCK_SIZE
 from thinpool.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+
+    from bufio.device import ReadableBuffer
 
 EXIT_OK = 0
 EXIT_FAILURE = 64
 
 _LINES_AT_A_TIME = 1024
+_PIECE_BYTES = 1 << 17
 _XML_BEGINNINGS = (b"<superblock", b"<?xml", b"?xml", b"<!DOCTYPE")
 
 
@@ -301,7 +304,14 @@ def write_out(text: str) -> None:
         raise_output_error(error)
 
 
-def write_bytes(data: bytes | memoryview) -> None:
+def pieces(data: ReadableBuffer) -> Iterator[memoryview]:
+    """Cut *data* into what is worth handing to the system at once: file systems are slow to take megabytes."""
+    view = memoryview(data)
+    for begin in range(0, len(view), _PIECE_BYTES):
+        yield view[begin : begin + _PIECE_BYTES]
+
+
+def write_bytes(data: ReadableBuffer) -> None:
     """Write ASCII *data* to stdout, without turning it into text in between.
 
     :raises OutputGone: the reader has closed its end
@@ -311,7 +321,8 @@ def write_bytes(data: bytes | memoryview) -> None:
         raise Failure(output_error(OSError(errno.EBADF, os.strerror(errno.EBADF))))
     try:
         sys.stdout.flush()
-        sys.stdout.buffer.write(data)
+        for piece in pieces(data):
+            sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
     except OSError as error:
         _abandon_stdout()
@@ -421,6 +432,8 @@ def _cannot_open(path: str, error: OSError | ValueError) -> Failure:
 
 def run(command: Command, argv: Sequence[str] | None, body: Callable[[Arguments], int]) -> int:
     """Run a tool: parse *argv* (``sys.argv`` if None), call *body*, and see to it that any end is a proper one."""
+    # Where a tool loads numpy, it needs no threads for linear algebra; starting them takes longer than the rest.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     quiet = False
     try:
         arguments = command.parse(sys.argv[1:] if argv is None else argv)

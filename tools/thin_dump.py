@@ -20,21 +20,24 @@ from ._cli import (
     open_input,
     os_error,
     output_error,
+    pieces,
     raise_output_error,
     run,
     write_bytes,
 )
+from ._progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bufio.device import FileDevice
+    from bufio.device import FileDevice, ReadableBuffer
     from thinpool.human_format import HumanWriter
     from thinpool.json_format import JsonWriter
 
     from ._cli import Arguments
 
 
+_TITLE = "Dumping thin metadata"
 _FORMATS = ("xml", "human_readable")
 _CUSTOM = "custom="
 
@@ -120,16 +123,16 @@ class _Output:
         self._device = device
         self._fd = -1
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: ReadableBuffer) -> None:
         if self._path is None:
             write_bytes(data)
             return
         if self._fd < 0:
             self._fd = self._open(self._path)
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            for piece in pieces(data):
+                while piece:
+                    piece = piece[os.write(self._fd, piece) :]
         except OSError as error:
             raise_output_error(error)
 
@@ -172,20 +175,21 @@ def _run(arguments: Arguments) -> int:
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
         output = _Output(arguments.last("--output"), device)
         try:
-            _dump(device, output, options, form)
+            with Progress(_TITLE, beside_output=not arguments.has("--output")) as progress:
+                _dump(device, output, options, form, progress)
         finally:
             output.close()
     return EXIT_OK
 
 
-def _dump(device: FileDevice, output: _Output, options: Options, form: str) -> None:
+def _dump(device: FileDevice, output: _Output, options: Options, form: str, progress: Progress) -> None:
     if form.startswith(_CUSTOM):
         from ._emitter import emitter_failure, load_emitter
 
         path = form.removeprefix(_CUSTOM)
         visitor = load_emitter(path, output.write)
         try:
-            dump(device, visitor, options)
+            dump(device, visitor, options, progress)
         except (OSError, Failure, OutputGone):
             raise
         except Exception as error:
@@ -193,7 +197,7 @@ def _dump(device: FileDevice, output: _Output, options: Options, form: str) -> N
         return
     writer = _writer(form, output)
     try:
-        dump(device, writer, options)
+        dump(device, writer, options, progress)
     finally:
         # After damage, what came before it is written, so that a reader sees how far things went well.
         writer.flush()

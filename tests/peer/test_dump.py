@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,9 +25,9 @@ HINTS = {"nr_free is wrong", "none_free_before is too high", "nr_allocated is wr
 
 
 def our_dump(content: bytes) -> bytes:
-    parts: list[bytes] = []
-    dump(MemoryDevice(content), XmlWriter(parts.append))
-    return b"".join(parts)
+    out = io.BytesIO()
+    dump(MemoryDevice(content), XmlWriter(out.write))
+    return out.getvalue()
 
 
 def restored(name: str, tmp_path: Path) -> bytes:

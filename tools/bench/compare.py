@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
     from tools.bench.measure import Result
 
-__all__ = ["BLOCKS_PER_SECOND", "MIB_PER_SECOND", "NANOSECONDS", "Goal", "Row", "Unit", "report", "rows_of"]
+__all__ = [
+    "BLOCKS_PER_SECOND",
+    "MIB_PER_SECOND",
+    "MILLISECONDS",
+    "NANOSECONDS",
+    "Goal",
+    "Row",
+    "Unit",
+    "report",
+    "rows_of",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Unit:
 
 
 NANOSECONDS = Unit("ns per block", 1e9)
+MILLISECONDS = Unit("ms", 1e3)
 BLOCKS_PER_SECOND = Unit("blocks/s", 1, is_rate=True)
 MIB_PER_SECOND = Unit("MiB/s", 1, is_rate=True)
 

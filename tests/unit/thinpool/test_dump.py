@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,9 +58,9 @@ def record(device: MemoryDevice, **options: bool | Collection[int]) -> list[tupl
 
 
 def xml(device: MemoryDevice, options: Options | None = None) -> bytes:
-    parts: list[bytes] = []
-    dump(device, XmlWriter(parts.append), options)
-    return b"".join(parts)
+    out = io.BytesIO()
+    dump(device, XmlWriter(out.write), options)
+    return out.getvalue()
 
 
 # Sharing

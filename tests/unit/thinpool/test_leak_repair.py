@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import thinpool.check
 from bufio.device import MemoryDevice
 from bufio.testing import CrashDevice, FaultyDevice, Write
 from persistent_data.damage import FATAL
@@ -138,6 +139,19 @@ def test_a_leak_may_serve_as_room_for_its_own_repair() -> None:
     device = MemoryDevice(content)
     assert repair_leaks(device).metadata_leaks == 64 - len(used)
     assert_repaired(content, device)
+
+
+@pytest.mark.parametrize("name", ["mixed", "metadata_snapshot"])
+def test_large_pools_are_repaired_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large pool there are counts only where something is wrong."""
+    monkeypatch.setattr(thinpool.check, "WORTH_ARRAYS", 0)
+    device = CrashDevice(image(name))
+    assert not repair_leaks(device).has_written
+    assert device.trace == ()
+    content = with_random_leaks(image(name), seed=5)
+    leaky = MemoryDevice(content)
+    assert repair_leaks(leaky).has_written
+    assert_repaired(content, leaky)
 
 
 def test_counts_of_a_check_are_used_again() -> None:

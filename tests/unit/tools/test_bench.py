@@ -10,6 +10,7 @@ import pytest
 from bufio import MemoryDevice
 from tools.bench import bufio as caches
 from tools.bench import engine
+from tools.bench import tools as readers
 from tools.bench.compare import BLOCKS_PER_SECOND, NANOSECONDS, Goal, Row, Unit, report, rows_of
 from tools.bench.measure import Lap, Result, Stopwatch, interleave, table
 from tools.bench.pools import CountingDevice
@@ -118,6 +119,40 @@ def test_bench_of_the_caches_runs_and_leaves_nothing_behind(tmp_path: Path, caps
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["measurement"] for row in rows} >= set(caches.MEASUREMENTS) - {"direct"}  # not every file system has it
     assert "locked dict" in capsys.readouterr().out
+
+
+def test_bench_of_the_tools_runs_beside_anything_of_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, files, out = tmp_path / "peers", tmp_path / "files", tmp_path / "bench.json"
+    peers.mkdir()
+    files.mkdir()
+    for program in {command.program for command in readers.COMMANDS.values()}:
+        script = peers / program
+        script.write_text("#!/bin/sh\necho 9.9.9\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("THINPOOL_PEER_DIR", str(peers))
+    sizes = ["--mappings", "300", "--rounds", "2", "--directory", str(files)]
+    assert readers.main([*sizes, "--json", str(out)]) == 0
+    assert not list(files.iterdir())
+    (measured,) = (value for key, value in json.loads(out.read_text()).items() if key != "environment")
+    operations = {row["operation"] for row in measured["rows"]}
+    assert operations == set(readers.COMMANDS) - {"thin_delta"}, "the pool has one device"
+    assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in measured["rows"] if row["clock"] == "wall")
+    assert all(peak > 1 for peak in measured["peaks_mib"]["ours"]["thin_check"])
+    assert "9.9.9" in capsys.readouterr().out
+
+
+def test_bench_of_the_tools_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "thin_check"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo not today >&2; exit 3; }\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("THINPOOL_PEER_DIR", str(tmp_path))
+    with pytest.raises(SystemExit, match="exit status 3: not today"):
+        readers.main(["--mappings", "300", "--only", "thin_check", "--directory", str(tmp_path)])
+    monkeypatch.setenv("THINPOOL_PEER_DIR", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="THINPOOL_PEER_DIR"):
+        readers.main(["--mappings", "300"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import thinpool.check
 from tests.support.fixtures import image_path
 from tests.support.surgeon import Surgeon
 from tools import _progress
@@ -123,7 +124,11 @@ def damaged(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_check_tells_how_far_it_has_come(clock: Clock, tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth_arrays", [0, 1 << 30])
+def test_a_check_tells_how_far_it_has_come(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth_arrays: int
+) -> None:
+    monkeypatch.setattr(thinpool.check, "WORTH_ARRAYS", worth_arrays)
     status, terminal = check(image_path("deep", tmp_path))
     assert status == 0
     bars = terminal.bars()

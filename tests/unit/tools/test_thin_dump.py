@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -236,3 +237,20 @@ def test_damage_midway_ends_a_dump_with_one_sentence(tmp_path: Path) -> None:
     assert int(following.split(b'"')[1]) >= int(lost[1])
     quiet = dump("-q", path)
     assert (quiet.status, quiet.stderr) == (64, "")
+
+
+# What is loaded
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [("thin_dump", []), ("thin_dump", ["--json"]), ("thin_ls", []), ("thin_ls", ["-o", "DEV,EXCLUSIVE,HIGHEST_BLOCK"])],
+)
+def test_they_start_without_what_a_small_pool_does_not_need(tool: str, arguments: list[str], tmp_path: Path) -> None:
+    line = [*arguments, str(image_path("mixed", tmp_path))]
+    program = f"import sys; from tools.{tool} import main; assert main({line}) == 0; print(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "thinpool.pool_reader" in loaded
+    assert not loaded & {"argparse", "bufio.core", "construct", "dataclasses", "json", "numpy"}
+    assert not loaded & {"persistent_data.btree", "thinpool.metadata"}, "the engine"

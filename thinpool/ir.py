@@ -3,6 +3,9 @@
 A reader calls a :class:`Visitor` in this order: ``begin_superblock``; for each shared part ``begin_shared``, mappings,
 ``end_shared``; for each device in ascending id ``begin_device``, mappings and references to shared parts in ascending
 order of thin blocks, ``end_device``; ``end_superblock``.
+
+A visitor may also have a method ``mappings(thin_begins, data_begins, lengths, times)``, which takes many runs as arrays
+of numpy, in place of as many calls of ``mapping``.  It is called for large pools only.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Record what the reference's thin_dump writes in its other formats: dumps.txt, a SHA-256 for each dump.
+"""Record what the reference's thin_dump writes in its other formats, and what thin_ls says of the highest blocks:
+dumps.txt, a SHA-256 for each output.  Those of thin_ls are of the cells with one blank between.
 
     make_dump_answers.py NEW OLD
 
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+HIGHEST = "DEV,HIGHEST_BLOCK,HIGHEST_SECTOR,HIGHEST_BYTE,HIGHEST_MAPPED"
 
 
 def main(new, old):
@@ -30,6 +32,9 @@ def main(new, old):
                     done = subprocess.run([programs / "thin_dump", *options, image.name], capture_output=True, check=True)
                     digest = hashlib.sha256(done.stdout).hexdigest()
                     lines.append(f"{digest} {version} {name} {' '.join(options)}\n")
+            done = subprocess.run([new / "thin_ls", "-o", HIGHEST, image.name], capture_output=True, check=True)
+            cells = b"".join(b" ".join(line.split()) + b"\n" for line in done.stdout.splitlines())
+            lines.append(f"{hashlib.sha256(cells).hexdigest()} 1.1.0 {name} -o {HIGHEST}\n")
     (HERE / "dumps.txt").write_text("".join(lines))
 
 

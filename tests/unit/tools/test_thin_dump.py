@@ -14,6 +14,8 @@ import pytest
 from tests.support.fixtures import answer, image, image_path, read_xml
 from tests.support.image import Image
 from tests.support.tools import ROOT, Result, command, run_tool
+from thinpool import dump as dumping
+from tools._progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,8 +64,15 @@ def test_output_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     assert "No such file or directory (os error 2)" in result.stderr
 
 
+@pytest.fixture(params=[1 << 62, 0], ids=["one by one", "by arrays"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dumps leaf by leaf, and then as for large pools."""
+    monkeypatch.setattr(dumping, "WORTH_BATCHES", request.param)
+
+
+@pytest.mark.usefixtures("either_way")
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
-    result = dump(image_path("mixed", tmp_path), "-o", "/dev/full")
+    result = dump(image_path("deep", tmp_path), "-o", "/dev/full")
     assert result == Result(64, b"", "output error: No space left on device (os error 28)\n")
 
 
@@ -84,6 +93,7 @@ def test_a_reader_that_leaves_after_the_first_line_hears_nothing(tmp_path: Path)
     assert errors == b""
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_fifo_that_is_closed_is_silent_too(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -237,6 +247,32 @@ def test_damage_midway_ends_a_dump_with_one_sentence(tmp_path: Path) -> None:
     assert int(following.split(b'"')[1]) >= int(lost[1])
     quiet = dump("-q", path)
     assert (quiet.status, quiet.stderr) == (64, "")
+
+
+# How far it is
+
+
+def test_a_dump_that_takes_long_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is shown itself on that terminal."""
+    shown: list[tuple[bool, int, int]] = []
+
+    class Recorder(Progress):
+        def __init__(self, title: str, *, beside_output: bool = False) -> None:
+            super().__init__(title, beside_output=beside_output)
+            self.beside_output = beside_output
+
+        def __call__(self, done: int, total: int) -> None:
+            shown.append((self.beside_output, done, total))
+
+    monkeypatch.setattr("tools.thin_dump.Progress", Recorder)
+    for worth in (1 << 62, 0):
+        monkeypatch.setattr(dumping, "WORTH_BATCHES", worth)
+        for options in ([], ["--no-shared"], ["-o", str(tmp_path / "output")]):
+            shown.clear()
+            assert dump(image_path("snapshot_chain", tmp_path), *options).status == 0
+            assert {beside for beside, _, _ in shown} == {"-o" not in options}
+            assert [done for _, done, _ in shown] == sorted(done for _, done, _ in shown)
+            assert 0 < shown[0][1] < shown[-1][1] == shown[-1][2]
 
 
 # What is loaded

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RECORDED = {
     (version, name, tuple(options)): digest
     for digest, version, name, *options in map(str.split, (DATA / "dumps.txt").read_text().splitlines())
+    if options[0] == "-f"
 }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.fixtures import GOOD, answer, image_path, read_xml
+from tests.support.fixtures import DATA, GOOD, answer, facts_of, image_path, read_xml
 from tests.support.tools import Result, run_tool
-from thinpool.listing import FIELDS
+from thinpool.listing import FIELDS, human_size
 from tools._progress import Progress
 
 if TYPE_CHECKING:
@@ -69,6 +70,21 @@ def test_what_the_details_say_is_held_against_the_mappings_where_those_are_read(
     result = ls("-o", "MAPPED_BLOCKS,HIGHEST_BLOCK", path)
     assert (result.status, result.stdout) == (64, b"")
     assert "Thin device 0 has unexpected number of mappings, expected 3431, actual 3432" in result.stderr
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_highest_blocks_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
+    """But for devices without mappings, of which it says what it says of a device that has block 0."""
+    digest, fields = next(
+        (words[0], words[4])
+        for words in map(str.split, (DATA / "dumps.txt").read_text().splitlines())
+        if words[2:4] == [name, "-o"]
+    )
+    last_byte = facts_of(name).data_block_size * 512 - 1
+    block_0 = ["0", str(last_byte // 512), str(last_byte), human_size(last_byte)]
+    rows = [line.split() for line in ls("-o", fields, image_path(name, tmp_path)).stdout.decode().splitlines()]
+    rows = [row[:1] + block_0 if row[1] == "-" else row for row in rows]
+    assert hashlib.sha256("".join(" ".join(row) + "\n" for row in rows).encode()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -57,6 +57,8 @@ NR_ALLOCATED = "nr_allocated is wrong"
 LEAK = "leak"
 BAD_COUNT = "bad reference count"
 
+_SATURATED = 255
+"""In the counts that were found, this or more."""
 _TO_CODE = bytes(COUNT_TO_CODE[min(count, OVERFLOW_COUNT)] for count in range(256))
 _HIGH = bytes(min(count, OVERFLOW_COUNT) for count in range(256))
 
@@ -108,6 +110,10 @@ class Overflow:
             self.blocks.extend(blocks)
             self.counts.extend(counts)
         self._parts.clear()
+
+    def is_plausible(self, nr_blocks: int) -> bool:
+        """Tell whether every entry is for one of *nr_blocks* blocks and has a count that belongs here."""
+        return not self.blocks or (self.blocks[-1] < nr_blocks and min(self.counts) >= OVERFLOW_COUNT)
 
     def get(self, block: int) -> int | None:
         """Return the count of *block*, None when the tree has no entry for it."""
@@ -226,6 +232,8 @@ def read_overflow(walk: BTreeWalk, root: int, nr_blocks: int, report: Report) ->
     if summary is None or walk.nr_errors(root):
         return None
     overflow.finish()
+    if overflow.is_plausible(nr_blocks):
+        return overflow
     for block, count in zip(overflow.blocks, overflow.counts, strict=True):
         if block >= nr_blocks:
             report(Damage(Fault(OVERFLOW_KEY, f"block {block} of {nr_blocks}"), (0, root), block, block + 1))
@@ -301,8 +309,11 @@ def compare_counts(
             nr_zero = counts.count(0)
             first_zero = counts.find(0)
             if encode_counts(counts) == payload:
-                yield from _high_differences(expected, overflow, begin, end, block)
+                agrees = _overflow_agrees(counts, overflow, begin, end)
+                if not agrees:
+                    yield from _high_differences(expected, overflow, begin, end, block)
             else:
+                agrees = False
                 actual = decode_counts(payload)
                 beyond = actual[end - begin :]
                 if any(beyond):
@@ -313,7 +324,8 @@ def compare_counts(
                 nr_zero = actual.count(0)
                 first_zero = actual.find(0)
                 yield from _differences(expected, actual, overflow, begin, block)
-            _check_stray_overflow(payload, overflow, begin, end, report, path)
+            if not agrees:
+                _check_stray_overflow(payload, overflow, begin, end, report, path)
             found += end - begin - nr_zero
             _check_hints(index, i, nr_zero, first_zero, end - begin, report, path, begin, end)
     if complete and found != nr_allocated:
@@ -381,6 +393,20 @@ def _check_stray_overflow(
         if count != OVERFLOW_COUNT:
             detail = f"block {block} has {count} in the bitmap and {overflow.counts[k]} in the overflow tree"
             report(Damage(Fault(OVERFLOW_STRAY, detail), path, block, block + 1))
+
+
+def _overflow_agrees(counts: bytearray, overflow: Overflow, begin: int, end: int) -> bool:
+    """Tell at once whether the overflow tree has just the counts from three up among *counts*, of *begin* to *end* - 1.
+
+    False also when some count is so high that it has to be looked at by itself.
+    """
+    first, last = bisect_left(overflow.blocks, begin), bisect_left(overflow.blocks, end)
+    if len(counts) - sum(map(counts.count, range(OVERFLOW_COUNT))) != last - first:
+        return False
+    found = overflow.counts[first:last].tolist()
+    if max(found, default=0) >= _SATURATED:
+        return False
+    return found == [counts[block - begin] for block in overflow.blocks[first:last]]
 
 
 def _high_differences(

@@ -449,7 +449,7 @@ class _Check:
         if snap is not None:
             self._observer.accepted(main)
             yield from self._drain()
-            yield from self._check_snapshot_only(snap, (0, main.held_root))
+            yield from self._check_snapshot_only(main, snap)
         yield from self._drain()
 
     def _read_superblock(self, location: int) -> Superblock | None:
@@ -583,16 +583,8 @@ class _Check:
             self._observer.stage(DATA_SPACE_MAP)
             self._observer.stage(METADATA_SPACE_MAP)
             return
-        suspects = bytearray(self.data_nr_blocks) if self._can_count_data else None
-        yield from self._mappings(devices, main.time, suspects)
-        if suspects is not None:
-            self._check_exclusive(suspects)
-            del suspects
-        yield from self._drain()
-        if snap is not None:
-            self.prefix = SNAP_PREFIX
-            yield from self._mappings(snap_devices, snap.time, None)
-            self.prefix = ""
+        if not self._count_mappings(main, devices, snap, snap_devices):
+            yield from self._mappings_one_by_one(main, devices, snap, snap_devices)
         if not self._complete or self._options.is_overridden:
             return
         self._observer.stage(DATA_SPACE_MAP)
@@ -609,25 +601,56 @@ class _Check:
         if self._options.details_root is not None:
             main.device_details_root = self._options.details_root
 
+    def _is_worth_arrays(self, main: Superblock) -> bool:
+        """Tell whether node by node the rest takes longer than to load numpy, and arrays can do it."""
+        return main.metadata_root.nr_allocated >= WORTH_ARRAYS and self._complete and self._can_count_data
+
     def _is_clean(
         self, main: Superblock, devices: list[DeviceEntry], snap: Superblock | None, snap_devices: list[DeviceEntry]
     ) -> bool:
         """Tell whether all that is left to check is clean; false too where node by node it takes no longer to tell."""
-        if main.metadata_root.nr_allocated < WORTH_ARRAYS or self._options.is_overridden:
-            return False
-        if not self._complete or not self._can_count_data:
+        if self._options.is_overridden or not self._is_worth_arrays(main):
             return False
         from thinpool.fast_check import is_clean  # here, because numpy takes long to load
 
         return is_clean(self._reader, self._references, main, devices, snap, snap_devices, self._tell_progress)
 
-    def _check_snapshot_only(self, snap: Superblock, path: tuple[int, ...]) -> Iterator[Finding]:
+    def _count_mappings(
+        self, main: Superblock, devices: list[DeviceEntry], snap: Superblock | None, snap_devices: list[DeviceEntry]
+    ) -> bool:
+        """Count what the mapping trees refer to, if they are clean; false too where node by node is no slower."""
+        if not self._is_worth_arrays(main):
+            return False
+        from thinpool.fast_counts import count_mappings
+
+        self.data_counts = count_mappings(
+            self._reader, self._references, main, devices, snap, snap_devices, self._tell_progress
+        )
+        return self.data_counts is not None
+
+    def _mappings_one_by_one(
+        self, main: Superblock, devices: list[DeviceEntry], snap: Superblock | None, snap_devices: list[DeviceEntry]
+    ) -> Iterator[Finding]:
+        suspects = bytearray(self.data_nr_blocks) if self._can_count_data else None
+        yield from self._mappings(devices, main.time, suspects)
+        if suspects is not None:
+            self._check_exclusive(suspects)
+            del suspects
+        yield from self._drain()
+        if snap is not None:
+            self.prefix = SNAP_PREFIX
+            yield from self._mappings(snap_devices, snap.time, None)
+            self.prefix = ""
+
+    def _check_snapshot_only(self, main: Superblock, snap: Superblock) -> Iterator[Finding]:
         self.prefix = SNAP_PREFIX
         self._observer.stage(DETAILS_TREE)
-        devices = self._device_trees(snap, path)
+        devices = self._device_trees(snap, (0, main.held_root))
         yield from self._drain()
-        if not self._options.skip_mappings:
-            self._observer.stage(MAPPING_TREE)
+        if self._options.skip_mappings:
+            return
+        self._observer.stage(MAPPING_TREE)
+        if not self._count_mappings(main, [], snap, devices):
             yield from self._mappings(devices, snap.time, None)
 
     def _walk_damage(self, damage: Damage) -> None:

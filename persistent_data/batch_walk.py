@@ -16,6 +16,7 @@ import numpy as np
 
 from persistent_data.block_batches import NotClean, require
 from persistent_data.btree_walk import MAX_DEPTH
+from persistent_data.distinct import Distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,13 +101,12 @@ class Level:
 
     def distinct(self) -> tuple[Level, Numbers]:
         """Return the same with each node once, ascending by block, and the place that each of ours has there."""
-        blocks, first, places, counts = np.unique(
-            self.blocks, return_index=True, return_inverse=True, return_counts=True
-        )
-        level = self.at(first)
-        if len(blocks) < len(self):
-            level.references = counts.astype(np.int64)
-            nr_ways = np.zeros(len(blocks), np.int64)
+        distinct = Distinct(self.blocks)
+        places = distinct.places
+        level = self.at(distinct.first)
+        if len(level) < len(self):
+            level.references = distinct.counts
+            nr_ways = np.zeros(len(level), np.int64)
             np.add.at(nr_ways, places, self.nr_ways)
             level.nr_ways = np.minimum(nr_ways, 2).astype(np.int8)
             np.maximum.at(level.low, places, self.low)
@@ -182,7 +182,7 @@ class BatchWalk:
         self.levels = [level]
         for height in range(int(self._heights(level)[0]), 0, -1):
             level, _ = self._children(level, height)
-            if len(np.unique(level.blocks)) < len(level):
+            if len(Distinct(level.blocks).values) < len(level):
                 raise NotClean(root)
             self.levels.append(level)
         return level
@@ -200,11 +200,12 @@ class BatchWalk:
         left = np.arange(len(tops))
         blocks = tops.blocks
         for height in range(MAX_DEPTH):
-            distinct, places = np.unique(blocks, return_inverse=True)
-            is_leaf = np.empty(len(distinct), np.bool_)
-            first = np.empty(len(distinct), np.int64)
+            distinct = Distinct(blocks)
+            places = distinct.places
+            is_leaf = np.empty(len(distinct.values), np.bool_)
+            first = np.empty(len(distinct.values), np.int64)
             at = 0
-            for nodes in self._batches.read(distinct, np.ones(len(distinct), np.bool_)):
+            for nodes in self._batches.read(distinct.values, np.ones(len(is_leaf), np.bool_)):
                 end = at + len(nodes.blocks)
                 is_leaf[at:end] = nodes.is_leaf
                 first[at:end] = nodes.children[:, 0].view(np.int64)

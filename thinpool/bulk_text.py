@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from persistent_data.distinct import Distinct
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -58,7 +60,8 @@ class _Shape:
             else:
                 line += part.encode()
         self.size = len(line)
-        self._rows = np.tile(np.frombuffer(line, np.uint8), (_ROWS, 1))
+        self._rows = np.empty((_ROWS, self.size), np.uint8)
+        self._rows[:] = np.frombuffer(line, np.uint8)
 
     def rows(self, columns: Sequence[Numbers], tables: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
         """Return the lines, :data:`_ROWS` at most, with the numbers in *columns*; they hold until the next call."""
@@ -106,8 +109,8 @@ class BulkText:
             counts = np.bincount(codes)
             present = distinct = np.flatnonzero(counts)
         else:
-            distinct, codes = np.unique(codes, return_inverse=True)
-            counts = np.bincount(codes)
+            found = Distinct(codes)
+            distinct, codes, counts = found.values, found.places, found.counts
             present = np.arange(len(distinct))
         shapes = [self._shape(_parts_of(code, parts)) for code in distinct.tolist()]
         sizes = np.zeros(len(counts), np.int64)

@@ -26,6 +26,8 @@ SAME = "same"
 DIFFERENT = "different"
 LEFT_ONLY = "left_only"
 RIGHT_ONLY = "right_only"
+KINDS = ("", LEFT_ONLY, RIGHT_ONLY, DIFFERENT, SAME)
+"""For those who number them.  Of the first four, the lower bits say which sides map something."""
 
 
 class Difference(NamedTuple):

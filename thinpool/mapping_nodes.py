@@ -41,6 +41,7 @@ class Shape(NamedTuple):
 class MappingNodes:
     """The nodes of the mapping tree whose root *pool* has at metadata block *root*.
 
+    :ivar root: as given
     :ivar shape: of the node whose entries were returned last
     :param ahead: reads the blocks; several trees may have it in common
     :param path: metadata blocks that lead to the root; empty when somebody just says that it is one
@@ -58,7 +59,7 @@ class MappingNodes:
     ) -> None:
         self._pool = pool
         self._ahead = ahead
-        self._root = root
+        self.root = root
         self._dev_id = dev_id
         self.shape = Shape(0, 0, 0)
         self._geometry: dict[int, tuple[int, int]] = {}
@@ -67,6 +68,11 @@ class MappingNodes:
             message = f"block {root} cannot be the root of a mapping tree: the pool has {pool.nr_blocks} blocks"
             raise ThinError(errno.EINVAL, message)
         self._tree = Subtree(0, root, self._measure(root, path), path)
+
+    @property
+    def height(self) -> int:
+        """Levels above the leaves."""
+        return self._tree.height
 
     def walk(self) -> MappingWalk:
         """Begin a walk of the tree."""
@@ -142,7 +148,7 @@ class MappingNodes:
 
     def _read(self, block: int, path: tuple[int, ...], low: int, high: int) -> Node:
         """Read and check a node on its own; *path* ends with it."""
-        node, faults = check_node(self._ahead.take(block), block, MAPPING_KIND.value_size, block == self._root)
+        node, faults = check_node(self._ahead.take(block), block, MAPPING_KIND.value_size, block == self.root)
         for fault in faults:
             if fault.severity == FATAL:
                 self._refuse(fault, path, low, high)

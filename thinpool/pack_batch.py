@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from persistent_data.distinct import Distinct
 from persistent_data.layout import BLOCK_SIZE, BLOCKNR_OFFSET, KEY_SIZE, NODE_HEADER_SIZE
 from thinpool.pack_encoding import (
     BLOCK_NUMBER,
@@ -172,6 +173,8 @@ _BLOCK_BEGINS = encode_literal(b"")
 _MASK_OF_BEGINNING = np.uint64((1 << 8 * len(_BLOCK_BEGINS)) - 1)
 _WORD_OF_BEGINNING = np.uint64(int.from_bytes(_BLOCK_BEGINS, "little"))
 _BODY_AT = BLOCK_NUMBER.size + len(_NODE_BEGINS) + NODE_HEADER_SIZE
+_LENGTH_BITS = BLOCK_SIZE.bit_length()
+"""Of numbers and bytes in a block."""
 _MAX_NUMBERS = 2 * _WORDS_PER_BLOCK
 """In a node: each word of a shifted run takes two."""
 _MAX_INSTRUCTIONS = 2 * _MAX_NUMBERS + 1
@@ -218,7 +221,7 @@ def decode_entries(stream: bytes) -> list[tuple[int, bytes]] | None:
 def _find_entries(stream: bytes, words: Words) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return where the entries of a stream seem to begin, and which of them are nodes."""
     likely_nodes = _find_beginnings(stream, words, _NODE_BEGINS)
-    likely = np.union1d(likely_nodes, _find_beginnings(stream, words, _BLOCK_BEGINS)).tolist()
+    likely = Distinct(np.append(likely_nodes, _find_beginnings(stream, words, _BLOCK_BEGINS))).values.tolist()
     begins: list[int] = []
     position = 0
     while position < len(stream):
@@ -229,7 +232,8 @@ def _find_entries(stream: bytes, words: Words) -> tuple[NDArray[np.int64], NDArr
             following = bisect_right(likely, position)
             position = likely[following] if following < len(likely) else len(stream)
     found = np.array(begins, np.int64)
-    is_node = np.isin(found, likely_nodes)
+    at = np.searchsorted(likely_nodes, found)
+    is_node = np.append(likely_nodes, -1)[at] == found
     is_literal = words[found + BLOCK_NUMBER.size] & _MASK_OF_BEGINNING == _WORD_OF_BEGINNING
     if position != len(stream) or not (is_node | is_literal).all():
         raise _NoNodesError
@@ -329,7 +333,7 @@ def _decode_alike(
     nr_keys = nr_numbers.copy()
     run_length = np.zeros(nr_nodes, np.int64)
     runs = np.flatnonzero(is_run)
-    if len(np.unique(node[runs])) != len(runs):
+    if len(Distinct(node[runs]).values) != len(runs):
         raise _NoNodesError
     nr_keys[node[runs]] = number_begins[runs] - node_begins[node[runs]]
     run_length[node[runs]] = long_counts[runs]
@@ -348,9 +352,10 @@ def _decode_alike(
     block_bytes = blocks.view(np.uint8)
     header_at = begins + _BODY_AT - NODE_HEADER_SIZE
     block_bytes[:, :NODE_HEADER_SIZE] = content[header_at[:, None] + np.arange(NODE_HEADER_SIZE)]
-    shapes, shape_of = np.unique(np.stack([nr_keys, run_length, rest_length], axis=1), axis=0, return_inverse=True)
-    for shape, (keys, run, rest) in enumerate(shapes.tolist()):
-        rows = np.flatnonzero(shape_of.reshape(-1) == shape)
+    shapes = Distinct((nr_keys << 2 * _LENGTH_BITS) + (run_length << _LENGTH_BITS) + rest_length)
+    for shape, first in enumerate(shapes.first.tolist()):
+        rows = np.flatnonzero(shapes.places == shape)
+        keys, run, rest = int(nr_keys[first]), int(run_length[first]), int(rest_length[first])
         alike = numbers[node_begins[rows][:, None] + np.arange(keys + 2 * run)]
         values = (alike[:, keys : keys + run] << np.uint64(LOW_BITS)) | (alike[:, keys + run :] & np.uint64(LOW_MASK))
         keys_end = _HEADER_WORDS + keys
@@ -370,7 +375,7 @@ def _rests(
     operands = words[at + 1] & _MASKS[nibbles]
     lengths = np.where(is_long, np.minimum(operands, np.uint64(BLOCK_SIZE)).astype(np.int64), nibbles)
     none = at == ends
-    sound = (opcodes == LIT) | is_long & np.isin(nibbles, (1, 2))
+    sound = (opcodes == LIT) | is_long & ((nibbles == 1) | (nibbles == 2))
     if not (none | sound & (lengths > 0) & (begins + lengths == ends)).all():
         raise _NoNodesError
     return np.where(none, at, begins), np.where(none, 0, lengths)

@@ -435,6 +435,8 @@ def run(command: Command, argv: Sequence[str] | None, body: Callable[[Arguments]
     # Where a tool loads numpy, it needs no threads for linear algebra; starting them takes longer than the rest.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     quiet = False
+    # A library that numpy brings along would start threads for linear algebra, which takes longer than loading numpy.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         arguments = command.parse(sys.argv[1:] if argv is None else argv)
         if arguments is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, cast
 
-from thinpool.delta_format import json_lines, xml_lines
+from thinpool.delta_format import delta_text
 from thinpool.pool_delta import PoolDelta, Root, Thin
 
-from ._cli import EXIT_OK, Command, Option, UsageError, number, open_input, run, write_lines
+from ._cli import EXIT_OK, Command, Option, UsageError, number, open_input, run, write_bytes
 from ._progress import Progress
 
 if TYPE_CHECKING:
@@ -69,12 +69,17 @@ def _run(arguments: Arguments) -> int:
     left, right = _tree(arguments, 1), _tree(arguments, 2)
     metadata_snap = arguments.has("--metadata-snap")
     snap_block = cast("int | None", arguments.last("--metadata-snap"))
-    lines = json_lines if arguments.has("--json") else xml_lines
     with open_input(arguments.input, exclusive=not metadata_snap) as device:
         delta = PoolDelta(device, left, right, metadata_snap, snap_block)
         with Progress("Comparing", beside_output=True) as progress:
-            found = delta.differences(same=not arguments.has("--no-same"), progress=progress)
-            write_lines(lines(delta, found, verbose=arguments.has("--verbose")))
+            for piece in delta_text(
+                delta,
+                same=not arguments.has("--no-same"),
+                verbose=arguments.has("--verbose"),
+                json=arguments.has("--json"),
+                progress=progress,
+            ):
+                write_bytes(piece)
     return EXIT_OK
 
 

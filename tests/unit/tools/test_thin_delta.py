@@ -154,8 +154,8 @@ def test_json_tells_what_xml_tells(name: str, tmp_path: Path) -> None:
     [
         (["--thin2", "0"], "--thin1 or --root1 not specified"),
         (["--thin1", "0"], "--thin2 or --root2 not specified"),
-        ([*OF_2_AND_0, "--root1", "7"], "the argument '--thin1' cannot be used with '--root1'"),
-        ([*OF_2_AND_0, "--root2", "7"], "the argument '--thin2' cannot be used with '--root2'"),
+        ([*OF_2_AND_0, "--root1", "7"], "the argument '--thin1 <DEV_ID>' cannot be used with '--root1 <BLOCKNR>'"),
+        ([*OF_2_AND_0, "--root2", "7"], "the argument '--thin2 <DEV_ID>' cannot be used with '--root2 <BLOCKNR>'"),
         (["--thin1", "one", "--thin2", "0"], "invalid value 'one' for '--thin1 <DEV_ID>'"),
         (["--thin1", "-1", "--thin2", "0"], "invalid value '-1' for '--thin1 <DEV_ID>'"),
         (["--root1", str(1 << 64), "--thin2", "0"], "for '--root1 <BLOCKNR>'"),

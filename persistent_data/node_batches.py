@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bufio.device import Device
-    from persistent_data.block_batches import Flags, Numbers, Words
+    from persistent_data.block_batches import Flags, Numbers, Window, Words
 
 CHILD_SIZE = 8
 """Bytes in a value of an internal node."""
@@ -94,27 +94,35 @@ class NodeBatch:
         return self.keys[:, : used.shape[1]][used], self.children[used]
 
 
+class _Rows:
+    """The parts of the nodes in a window."""
+
+    def __init__(self, window: Window, leaf_value_size: int) -> None:
+        nr_children = max_entries(CHILD_SIZE)
+        nr_values = max_entries(leaf_value_size)
+        self.window = window
+        self.header = window.rows[:, :NODE_HEADER_SIZE].view(NODE_DTYPE)[:, 0]
+        self.keys = _columns(window.rows, NODE_HEADER_SIZE, max(nr_children, nr_values), KEY_SIZE)
+        self.children = _columns(window.rows, NODE_HEADER_SIZE + nr_children * KEY_SIZE, nr_children, CHILD_SIZE)
+        self.values = _columns(window.rows, NODE_HEADER_SIZE + nr_values * KEY_SIZE, nr_values, leaf_value_size)
+
+
 class NodeBatches:
     """Reads nodes of *device*, up to :data:`~persistent_data.block_reader.WINDOW_BLOCKS` of them at a time.
 
-    Memory: one window, and a tenth of that for what is computed from it.
+    Memory: one window or two, and a tenth of one for what is computed from it.
 
     :param leaf_value_size: bytes in a value of a leaf: 8 or 4
+    :param ahead: see :class:`~persistent_data.block_batches.BlockBatches`
     :ivar nr_blocks: whole blocks on the device
     """
 
-    def __init__(self, device: Device, leaf_value_size: int = 8) -> None:
-        self._blocks = BlockBatches(device)
+    def __init__(self, device: Device, leaf_value_size: int = 8, *, ahead: bool = False) -> None:
+        self._blocks = BlockBatches(device, ahead=ahead)
         self.nr_blocks = self._blocks.nr_blocks
         self._leaf_geometry = (max_entries(leaf_value_size), leaf_value_size)
-        window = self._blocks.window
-        self._header = window[:, :NODE_HEADER_SIZE].view(NODE_DTYPE)[:, 0]
-        nr_children = max_entries(CHILD_SIZE)
-        nr_keys = max(nr_children, max_entries(leaf_value_size))
-        self._keys = _columns(window, NODE_HEADER_SIZE, nr_keys, KEY_SIZE)
-        self._children = _columns(window, NODE_HEADER_SIZE + nr_children * KEY_SIZE, nr_children, CHILD_SIZE)
-        values_offset = NODE_HEADER_SIZE + max_entries(leaf_value_size) * KEY_SIZE
-        self._values = _columns(window, values_offset, max_entries(leaf_value_size), leaf_value_size)
+        self._rows = [_Rows(window, leaf_value_size) for window in self._blocks.windows]
+        nr_keys = self._rows[0].keys.shape[1]
         self._columns = np.arange(nr_keys, dtype=np.min_scalar_type(nr_keys))
         self._unused = np.empty((WINDOW_BLOCKS, nr_keys), np.bool_)
         self._ascending = np.empty((WINDOW_BLOCKS, nr_keys - 1), np.bool_)
@@ -129,13 +137,14 @@ class NodeBatches:
         :raises NotClean: one of them is not a clean node, is outside the device, cannot be read, or is asked for twice
             within a window
         """
-        for begin, part in self._blocks.fetch(blocks):
-            yield self._check(part, None if may_be_small is None else may_be_small[begin : begin + len(part)])
+        for begin, part, number in self._blocks.fetch(blocks):
+            small = None if may_be_small is None else may_be_small[begin : begin + len(part)]
+            yield self._check(self._rows[number], part, small)
 
-    def _check(self, blocks: Numbers, may_be_small: Flags | None) -> NodeBatch:
-        """Check the first rows of the window as the nodes at *blocks*."""
+    def _check(self, rows: _Rows, blocks: Numbers, may_be_small: Flags | None) -> NodeBatch:
+        """Check the first of *rows* as the nodes at *blocks*."""
         n = len(blocks)
-        header = self._header[:n]
+        header = rows.header[:n]
         flags = header["flags"]
         is_leaf = flags == LEAF_NODE
         nr_entries = header["nr_entries"].astype(np.int64)
@@ -144,7 +153,7 @@ class NodeBatches:
         least = geometry // 3
         if may_be_small is not None:
             least[may_be_small] = ~is_leaf[may_be_small]  # only a leaf that is the whole tree may be empty
-        clean = self._blocks.checksums(n, BTREE_NODE_SALT) == header["csum"]
+        clean = rows.window.checksums(n, BTREE_NODE_SALT) == header["csum"]
         clean &= header["blocknr"] == blocks.view(np.uint64)
         clean &= is_leaf | (flags == INTERNAL_NODE)
         clean &= header["max_entries"] == geometry
@@ -153,14 +162,14 @@ class NodeBatches:
         clean &= (nr_entries >= least) & (nr_entries <= geometry)
         require(clean, blocks)
 
-        keys = self._keys[:n]
+        keys = rows.keys[:n]
         unused, ascending = self._unused[:n], self._ascending[:n]
         np.greater_equal(self._columns, nr_entries.astype(self._columns.dtype)[:, None], out=unused)
         np.greater(keys[:, 1:], keys[:, :-1], out=ascending)
         ascending |= unused[:, 1:]
         if not ascending.all():
             raise NotClean(int(blocks[ascending.all(axis=1).argmin()]))
-        return NodeBatch(blocks, is_leaf, nr_entries, keys, self._children[:n], self._values[:n], unused)
+        return NodeBatch(blocks, is_leaf, nr_entries, keys, rows.children[:n], rows.values[:n], unused)
 
 
 def _columns(window: NDArray[np.uint8], offset: int, count: int, size: int) -> Words:

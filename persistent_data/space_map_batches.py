@@ -104,16 +104,17 @@ class SpaceMapCounts:
         order = np.argsort(bitmaps)
         ascending = bitmaps[order]
         require(np.diff(ascending, prepend=-1) != 0, ascending)
-        header = batches.window[:, :BITMAP_HEADER_SIZE].view(BITMAP_DTYPE)[:, 0]
-        packed = batches.window[:, BITMAP_HEADER_SIZE:]
         result = 0
-        for begin, blocks in batches.fetch(ascending):
+        for begin, blocks, window_number in batches.fetch(ascending):
             n = len(blocks)
-            clean: Flags = batches.checksums(n, BITMAP_SALT) == header["csum"][:n]
-            clean &= header["blocknr"][:n] == blocks.view(np.uint64)
-            clean &= header["not_used"][:n] == 0
+            window = batches.windows[window_number]
+            header = window.rows[:n, :BITMAP_HEADER_SIZE].view(BITMAP_DTYPE)[:, 0]
+            packed = window.rows[:n, BITMAP_HEADER_SIZE:]
+            clean: Flags = window.checksums(n, BITMAP_SALT) == header["csum"]
+            clean &= header["blocknr"] == blocks.view(np.uint64)
+            clean &= header["not_used"] == 0
             require(clean, blocks)
-            in_use = np.any(packed.view(np.uint64)[:n], axis=1).tolist()
+            in_use = np.any(packed.view(np.uint64), axis=1).tolist()
             for place, number in enumerate(order[begin : begin + n].tolist()):
                 nr_used = self._unpack(number, packed[place]) if in_use[place] else 0
                 self._check(number, nr_used, int(blocks[place]))

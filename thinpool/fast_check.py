@@ -92,7 +92,7 @@ def _check(
     if not references.nr_blocks == main.metadata_root.nr_blocks <= reader.nr_blocks:
         raise NotClean(0)
     metadata = _MetadataCounts(references)
-    batches = BlockBatches(reader.device)
+    batches = BlockBatches(reader.device, ahead=True)
     data_counts = _read_data_space_map(reader, batches, main.data_root, metadata)
     _check_mappings(reader, data_counts, metadata, main, devices, snap, snap_devices, progress)
     del data_counts
@@ -168,7 +168,7 @@ def _check_mappings(
     snap_devices: Sequence[DeviceEntry],
     progress: Callable[[int], object] | None,
 ) -> None:
-    walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size), metadata.nr_blocks)
+    walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size, ahead=True), metadata.nr_blocks)
     everybody = [*devices, *snap_devices]
     # What the metadata snapshot refers to is not shared with a device in the sense that matters to the kernel.
     labels = [device.snapshotted_time for device in devices] + [_NEVER] * len(snap_devices)

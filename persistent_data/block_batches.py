@@ -1,14 +1,12 @@
 """Metadata blocks by the hundred: read in few transfers, and handed out as the rows of one array.
 
-Only for programs with thousands of blocks to read: importing numpy takes as long as checking 2,500 nodes one by one.
+Only for programs with thousands of blocks to read: importing numpy takes as long as checking 1,500 nodes one by one.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 from mmap import mmap
-from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +103,10 @@ class BlockBatches:
 
     def _fetch_ahead(self, parts: list[Numbers]) -> Iterator[tuple[int, Numbers, int]]:
         """Fetch *parts*, each while the one before is looked at."""
+        # Here, because who has no thread shall not wait for them to be loaded.
+        from queue import SimpleQueue
+        from threading import Thread
+
         wanted: SimpleQueue[tuple[Window, Numbers] | None] = SimpleQueue()
         outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
 

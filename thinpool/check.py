@@ -82,7 +82,7 @@ TIMES_OUT_OF_ORDER = "device times out of order"
 SHARED_LOOKS_EXCLUSIVE = "shared data block looks exclusive"
 SHARED_DAMAGE = "damage shared with another device"
 
-WORTH_ARRAYS = 2500
+WORTH_ARRAYS = 1500
 """Allocated metadata blocks from which on a check with arrays takes less, with the time to load numpy."""
 
 _SUSPECT = 1 << 32

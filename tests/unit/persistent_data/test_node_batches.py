@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -198,20 +200,21 @@ def test_only_those_that_may_be_small_may_be() -> None:
 # Reading
 
 
-def firsts(device: MemoryDevice, blocks: Sequence[int]) -> list[int]:
+def firsts(device: MemoryDevice, blocks: Sequence[int], *, ahead: bool = False) -> list[int]:
     """The first key of each node, divided by what :func:`leaf` multiplies it by."""
     found = []
-    for batch in NodeBatches(device).read(np.array(blocks, np.int64)):
+    for batch in NodeBatches(device, ahead=ahead).read(np.array(blocks, np.int64)):
         assert len(batch.blocks) <= WINDOW_BLOCKS
         found += (batch.keys[:, 0] // np.uint64(1000)).tolist()
     return found
 
 
-def test_nodes_come_in_the_order_asked_for(content: bytes) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_nodes_come_in_the_order_asked_for(content: bytes, ahead: bool) -> None:
     blocks = list(range(len(content) // BLOCK))
     random.Random(1).shuffle(blocks)
-    assert firsts(MemoryDevice(content), blocks) == blocks
-    assert firsts(MemoryDevice(content), []) == []
+    assert firsts(MemoryDevice(content), blocks, ahead=ahead) == blocks
+    assert firsts(MemoryDevice(content), [], ahead=ahead) == []
 
 
 def test_neighbours_are_one_read_in_any_order(content: bytes) -> None:
@@ -245,3 +248,46 @@ def test_a_read_error_is_not_clean(content: bytes) -> None:
     with pytest.raises(NotClean) as raised:
         list(NodeBatches(LoggingDevice(content, bad=9)).read(np.array([7, 8, 9])))
     assert isinstance(raised.value.__cause__, OSError)
+
+
+# Reading ahead
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "read ahead"]
+
+
+def test_one_window_is_read_ahead_and_no_more(content: bytes) -> None:
+    device = LoggingDevice(content)
+    reading = NodeBatches(device, ahead=True).read(np.arange(2 * WINDOW_BLOCKS + 100))
+    for number in range(3):
+        batch = next(reading)
+        first = number * WINDOW_BLOCKS
+        assert batch.blocks[0] == first
+        deadline = time.monotonic() + 10
+        while len(device.log) < min(number + 2, 3):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert len(device.log) == min(number + 2, 3)
+        assert batch.keys[0, 0] == first * 1000, "what was read meanwhile went elsewhere"
+    assert readers() == ["read ahead"]
+    assert next(reading, None) is None
+    assert readers() == []
+
+
+def test_a_reader_of_windows_ends_with_who_stops_listening(content: bytes) -> None:
+    reading = NodeBatches(MemoryDevice(content), ahead=True).read(np.arange(2 * WINDOW_BLOCKS))
+    next(reading)
+    assert readers() == ["read ahead"]
+    reading.close()
+    assert readers() == []
+
+
+def test_a_read_error_ahead_comes_in_its_turn(content: bytes) -> None:
+    bad = 2 * WINDOW_BLOCKS
+    reading = NodeBatches(LoggingDevice(content, bad=bad), ahead=True).read(np.arange(bad + 1))
+    assert [int(next(reading).blocks[0]) for _ in range(2)] == [0, WINDOW_BLOCKS]
+    with pytest.raises(NotClean) as raised:
+        next(reading)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert readers() == []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from persistent_data.btree_walk import FIRST_KEY_LOW, LAST_KEY_HIGH, UNEVEN_DEPTH
 from persistent_data.damage import FATAL, Damage, Fault
+from persistent_data.layout import max_entries
 from persistent_data.node_check import EMPTY_NODE, Node, check_node
 from thinpool.ir import Device
 from thinpool.layout import TIME_BITS, TIME_MASK
@@ -114,10 +115,11 @@ def dump(
     devices = pool.devices()
     if options.dev_ids is not None:
         devices = [entry for entry in devices if entry.dev_id in options.dev_ids]
-    leaves = Leaves(pool)
+    leaves = _new_leaves(pool, devices)
     if not options.skip_mappings:
         for entry in devices:
             leaves.add_device(entry)
+        leaves.finish()
         if not options.expand_shared:
             leaves.cut()
     visitor.begin_superblock(_superblock(pool, options))
@@ -152,6 +154,15 @@ def _superblock(pool: PoolReader, options: Options) -> Superblock:
     if options.data_block_size is not None:
         superblock.data_block_size = options.data_block_size
     return superblock
+
+
+def _new_leaves(pool: PoolReader, devices: list[DeviceEntry]) -> Leaves:
+    # What the details say may be wrong, which would be a waste of time here and nothing else.
+    if sum(entry.mapped_blocks for entry in devices) < WORTH_BATCHES * max_entries(MAPPING_KIND.value_size):
+        return Leaves(pool)
+    from thinpool.leaf_arrays import LeafArrays
+
+    return LeafArrays(pool)
 
 
 def _new_emitter(
@@ -213,18 +224,12 @@ class Emitter:
         """
         leaves = self._leaves
         found = 0
-        own = array("I")
-        for leaf in leaves.of_device(number):
-            if not leaves.is_shared(leaf):
-                own.append(leaf)
-                continue
-            if own:
-                found += self._stream(own, entry)
-                own = array("I")
-            if leaves.is_head(leaf):
-                found += self._part_sizes[leaf]
-                self._visitor.shared(leaves.blocks[leaf])
-        found += self._stream(own, entry)
+        for piece in leaves.pieces(number):
+            if isinstance(piece, int):
+                found += self._part_sizes[piece]
+                self._visitor.shared(leaves.blocks[piece])
+            else:
+                found += self._stream(piece, entry)
         leaves.check_geometry(number, entry)
         self._pool.check_nr_mappings(entry, found)
 

@@ -2,6 +2,7 @@
 several devices have in common.
 
 In memory are the block numbers of the internal nodes' children, and some 30 bytes for each leaf; never the mappings.
+:mod:`thinpool.leaf_arrays` makes the same lists for large pools.
 """
 
 from __future__ import annotations
@@ -134,8 +135,7 @@ class Leaves:
             self._refuse(Fault(FIRST_KEY_LOW, f"key {known.first}, where the parent says {low}"), path, low, high)
         if known.last > high:
             self._refuse(Fault(LAST_KEY_HIGH, f"key {known.last}, where the parent ends at {high}"), path, low, high)
-        last_leaf = self._chunks[known.chunks[-1]][-1]
-        self.highest[last_leaf] = min(self.highest[last_leaf], high)
+        self._end_at(known.chunks[-1], high)
         return known.chunks
 
     def _measure(self, node: Node, path: tuple[int, ...]) -> int:
@@ -155,10 +155,10 @@ class Leaves:
         keys = node.keys
         children = node.numbers()
         if height == 1:
-            for i, child in enumerate(children):
-                if not 0 < child < self._pool.nr_blocks:
-                    fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {child} of {self._pool.nr_blocks}")
-                    self._refuse(fault, path, keys[i], high)
+            if min(children) <= 0 or max(children) >= self._pool.nr_blocks:
+                i = next(i for i, child in enumerate(children) if not 0 < child < self._pool.nr_blocks)
+                fault = Fault(OUTSIDE_DEVICE, f"a pointer to block {children[i]} of {self._pool.nr_blocks}")
+                self._refuse(fault, path, keys[i], high)
             return array("I", [self._add_chunk(children, keys, high, False)])
         chunks = array("I")
         for i, child in enumerate(children):
@@ -190,6 +190,14 @@ class Leaves:
             numbers.append(number)
         self._chunks.append(numbers)
         return len(self._chunks) - 1
+
+    def _end_at(self, chunk: int, high: int) -> None:
+        """Take note that the last leaf of a chunk must not go beyond *high*."""
+        last_leaf = self._chunks[chunk][-1]
+        self.highest[last_leaf] = min(self.highest[last_leaf], high)
+
+    def finish(self) -> None:
+        """Take note that all devices have been added."""
 
     # Cutting into parts that devices share
 
@@ -294,7 +302,21 @@ class Leaves:
     def _has(self, chunks: array[int], leaf: int) -> bool:
         return any(leaf in self._chunks[chunk] for chunk in chunks)
 
-    def of_device(self, number: int) -> Iterator[int]:
-        """Yield the leaves of a device, by its number in the order of :meth:`add_device`."""
+    def pieces(self, number: int) -> Iterator[array[int] | int]:
+        """Yield what a device, by its number in the order of :meth:`add_device`, consists of.
+
+        These are stretches of leaves of its own, and the first leaves of shared parts.
+        """
+        own = array("I")
         for chunk in self._devices[number]:
-            yield from self._chunks[chunk]
+            for leaf in self._chunks[chunk]:
+                if not self.is_shared(leaf):
+                    own.append(leaf)
+                    continue
+                if own:
+                    yield own
+                    own = array("I")
+                if self.is_head(leaf):
+                    yield leaf
+        if own:
+            yield own

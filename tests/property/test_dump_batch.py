@@ -20,6 +20,9 @@ from thinpool.dump import Options, dump
 from thinpool.errors import ThinError
 from thinpool.human_format import HumanWriter
 from thinpool.json_format import JsonWriter
+from thinpool.leaf_arrays import LeafArrays
+from thinpool.leaf_lists import Leaves
+from thinpool.pool_reader import PoolReader
 from thinpool.xml_format import XmlWriter
 
 if TYPE_CHECKING:
@@ -94,6 +97,28 @@ def test_any_pool_gives_what_its_trees_hold(seed: int, form: tuple[Writer, bool]
     if form[0] is XmlWriter:
         found = read_xml(text).devices
         assert {dev_id: device.mappings for dev_id, device in found.items()} == made.devices
+
+
+@given(st.integers(0, 1 << 32), st.booleans())
+def test_arrays_make_the_same_lists_of_leaves(seed: int, cut: bool) -> None:
+    made = made_pool(Random(seed))
+    pool = PoolReader(MemoryDevice(made.content))
+    both = Leaves(pool), LeafArrays(pool)
+    devices = pool.devices()
+    for leaves in both:
+        for entry in devices:
+            leaves.add_device(entry)
+        leaves.finish()
+        if cut:
+            leaves.cut()
+    plain, arrays = both
+    for name in ("blocks", "lowest", "highest", "is_root", "geometry", "_numbers", "_chunks", "_next", "_previous"):
+        assert getattr(plain, name) == getattr(arrays, name), name
+    assert plain._occurrences == arrays._occurrences
+    assert plain.nr_to_read() == arrays.nr_to_read()
+    assert plain.shared_heads() == arrays.shared_heads()
+    for number in range(len(devices)):
+        assert list(plain.pieces(number)) == list(arrays.pieces(number))
 
 
 @given(st.integers(0, 1 << 32))

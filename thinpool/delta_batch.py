@@ -95,6 +95,9 @@ class DeltaBatches:
         self._roots = roots
         self._same = same
         self._joined = joined
+        size = np.uint32 if pool.nr_data_blocks < 1 << 32 else np.uint64
+        self._rooms: list[NDArray[np.unsignedinteger]] = [np.empty(0, size), np.empty(0, size)]
+        """For the places of each side.  Memory that has been used is faster than new memory."""
         self.nr_mappings = [0, 0]
         self.begin = 0
         self._waiting = _NONE
@@ -146,10 +149,7 @@ class DeltaBatches:
             nr_places = len(blocks)
             left_at, right_at = np.searchsorted(blocks, left[0]), np.searchsorted(blocks, right[0])
             gaps = blocks[1:] - blocks[:-1] != 1
-        # One more than the data block, so that there is a number for what is not mapped.
-        ours, others = np.zeros(nr_places, np.uint64), np.zeros(nr_places, np.uint64)
-        ours[left_at] = left[1] + np.uint64(1)
-        others[right_at] = right[1] + np.uint64(1)
+        ours, others = self._placed(0, nr_places, left_at, left[1]), self._placed(1, nr_places, right_at, right[1])
         kinds = (ours != 0).view(np.uint8) + 2 * (others != 0).view(np.uint8)
         kinds += (ours == others) & (ours != 0)
         breaks = kinds[1:] != kinds[:-1]
@@ -168,9 +168,18 @@ class DeltaBatches:
             left_begins = right_begins = np.zeros(len(begins), np.uint64)
         else:
             left_begins, right_begins = (
-                np.maximum(side.take(begins), np.uint64(1)) - np.uint64(1) for side in (ours, others)
+                np.maximum(side.take(begins).astype(np.uint64), np.uint64(1)) - np.uint64(1) for side in (ours, others)
             )
         return Columns(found, thin_begins, lengths.view(np.uint64), left_begins, right_begins)
+
+    def _placed(self, side: int, nr_places: int, at: Numbers, data: Words) -> NDArray[np.unsignedinteger]:
+        """Return an array that has data blocks, and one more, at places *at*, and 0 where nothing is mapped."""
+        if len(self._rooms[side]) < nr_places:
+            self._rooms[side] = np.empty(nr_places, self._rooms[side].dtype)
+        places = self._rooms[side][:nr_places]
+        places.fill(0)
+        places[at] = (data + np.uint64(1)).astype(places.dtype)
+        return places
 
     def _finished(self, columns: Columns) -> Iterator[Columns]:
         """Yield the ranges in *columns*, with the one that waits in front, and let the last one wait."""

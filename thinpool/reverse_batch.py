@@ -65,7 +65,7 @@ class ReverseBatches:
         pool: PoolReader,
         devices: Sequence[DeviceEntry],
         ranges: Ranges,
-        memory: int = MEMORY,
+        memory: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._pool = pool

@@ -157,9 +157,9 @@ def _in_bulk(
     if sum(entry.mapped_blocks for entry in devices) < BULK_FROM_MAPPINGS:
         return None
     from persistent_data.block_batches import NotClean
-    from thinpool.reverse_batch import ReverseBatches
+    from thinpool.reverse_batch import MEMORY, ReverseBatches
 
-    columns = ReverseBatches(pool, devices, wanted, progress=progress).columns()
+    columns = ReverseBatches(pool, devices, wanted, MEMORY, progress).columns()
     try:
         # When there is a first batch, everything has been read.
         return chain(list(islice(columns, 1)), columns)

@@ -110,7 +110,7 @@ def test_a_temporary_file_that_cannot_be_written_is_named_in_the_error(monkeypat
 def test_progress_ends_where_it_is_said_to() -> None:
     calls: list[tuple[int, int]] = []
     pool = PoolReader(MemoryDevice(image("sequential")))
-    list(ReverseBatches(pool, pool.devices(), EVERYTHING, progress=lambda *call: calls.append(call)).columns())
+    list(ReverseBatches(pool, pool.devices(), EVERYTHING, MEMORY, lambda *call: calls.append(call)).columns())
     assert calls[-1] == (32768, 32768)
     assert calls == sorted(calls)
 

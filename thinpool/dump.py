@@ -98,7 +98,6 @@ def dump(
     verified as they are read, so damage in a leaf ends a dump midway.
 
     :param progress: is told how many leaves have been read, and how many there are
-
     :raises Corrupt: at the first damage
     :raises ThinError: ENODATA, the metadata snapshot was asked for and there is none; EINVAL, it is at another block
     :raises OSError: the device cannot be read
@@ -204,6 +203,7 @@ class Emitter:
         self._visitor = visitor
         self._progress = progress
         self._nr_done = 0
+        self._nr_leaves = leaves.nr_to_read()
         self._part_sizes: dict[int, int] = {}
         """Mappings of each shared part, by the part's first leaf."""
 
@@ -266,7 +266,7 @@ class Emitter:
     def _done(self, nr_leaves: int) -> None:
         self._nr_done += nr_leaves
         if self._progress is not None:
-            self._progress(self._nr_done, self._leaves.nr_to_read())
+            self._progress(self._nr_done, self._nr_leaves)
 
     def _check(self, leaf: int, block: int, content: bytes, entry: DeviceEntry | None) -> Node:
         """Verify everything about a leaf, in the context of all its parents."""

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bufio import MemoryDevice
+from tests.support.devices import FaultyMemory
 from tests.support.fixtures import DAMAGED, GOOD, facts_of, image, read_xml
 from tests.support.mapping_pools import MAX_DATA_BLOCK, made_pool
 from tests.support.surgeon import Surgeon
 from thinpool import dump as dumping
 from thinpool import dump_batch, text_format
 from thinpool.dump import Options, dump
-from thinpool.errors import ThinError
 from thinpool.human_format import HumanWriter
 from thinpool.json_format import JsonWriter
 from thinpool.leaf_arrays import LeafArrays
@@ -48,15 +48,17 @@ def small_pools_are_worth_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_format, "WORTH_ARRAYS", 1)
 
 
-def outcome(content: bytes, writer_class: Writer, options: Options, worth_batches: int) -> tuple[bytes, str]:
+def outcome(
+    content: bytes | FaultyMemory, writer_class: Writer, options: Options, worth_batches: int
+) -> tuple[bytes, str]:
     """What is written, and the error."""
     out = io.BytesIO()
     writer = writer_class(out.write)
     error = ""
     before, dumping.WORTH_BATCHES = dumping.WORTH_BATCHES, worth_batches
     try:
-        dump(MemoryDevice(content), writer, options)
-    except ThinError as raised:
+        dump(MemoryDevice(content) if isinstance(content, bytes) else content, writer, options)
+    except OSError as raised:
         error = f"{type(raised).__name__}: {raised}"
     finally:
         dumping.WORTH_BATCHES = before
@@ -170,6 +172,20 @@ def test_what_is_sound_but_unusual_is_left_to_the_plain_code_for_a_window_only(
     assert checked == list(range(256, 512))
     monkeypatch.undo()
     assert found == outcome(image("deep"), XmlWriter, Options(), 1 << 62)
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 400, -1])
+def test_a_leaf_that_cannot_be_read_is_told_alike(place: int) -> None:
+    surgeon = Surgeon(image("deep"))
+    (dev_id,) = surgeon.image.devices()
+    block = surgeon.leaves(surgeon.device_root(dev_id))[place]
+    found = []
+    for worth_batches in (1 << 62, 0):
+        device = FaultyMemory(image("deep"))
+        device.on("read", blocks=[block]).fail()
+        found.append(outcome(device, XmlWriter, Options(), worth_batches))
+    assert found[0] == found[1]
+    assert "OSError" in found[0][1]
 
 
 def test_what_is_passed_on_is_not_touched_again(monkeypatch: pytest.MonkeyPatch) -> None:

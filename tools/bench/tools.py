@@ -97,6 +97,7 @@ COMMANDS = {
     "thin_dump to a file": Command("thin_dump", lambda pool: [], {"wall": 0.6}, to_file=True),
     "thin_rmap": Command("thin_rmap", lambda pool: ["--region", f"0..{pool.nr_data_blocks}"], {"wall": 0.6}),
     "thin_ls": Command("thin_ls", lambda pool: [], {"wall": 0.5}),
+    "thin_ls, what is shared": Command("thin_ls", lambda pool: ["-o", "DEV,EXCLUSIVE_BLOCKS,HIGHEST_BLOCK"], {}),
     "thin_delta": Command("thin_delta", _delta, {"wall": 0.7}),
 }
 

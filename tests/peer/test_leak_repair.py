@@ -12,6 +12,8 @@ from tests.support import peers
 from tests.support.fixtures import image, image_path
 from tests.support.image import Image
 from tests.support.leaks import small_pool, with_leaks, with_random_leaks
+from tests.support.tools import run_tool
+from thinpool.check import check_report
 from thinpool.leak_repair import repair_leaks
 
 if TYPE_CHECKING:
@@ -37,6 +39,22 @@ def test_pools_with_seeded_leaks_are_accepted_once_repaired(name: str, seed: int
     device = MemoryDevice(content)
     assert repair_leaks(device).has_written
     peers.assert_accepted(device.contents())
+
+
+@pytest.mark.parametrize("name", ["empty", "transaction_id", "snapshot_chain"])
+def test_restored_pools_are_left_alone_or_get_right_free_counts(name: str, tmp_path: Path) -> None:
+    """Version 0.9.0 leaves wrong totals, with which the kernel lives; later ones do not."""
+    output = tmp_path / "restored"
+    xml = run_tool("thin_dump", "--no-shared", image_path(name, tmp_path)).stdout
+    assert peers.run_thin_restore(xml, output, 4 << 20).status == 0
+    before = output.read_bytes()
+    assert run_tool("thin_check", "-q", "--clear-needs-check-flag", output).status == 0
+    assert output.read_bytes() == before
+    findings = check_report(MemoryDevice(before)).findings
+    assert run_tool("thin_check", "-q", "--auto-repair", output).status == 0
+    assert (output.read_bytes() != before) == bool(findings)
+    assert check_report(MemoryDevice(output.read_bytes())).findings == []
+    peers.assert_accepted(output)
 
 
 def test_whatever_a_power_cut_leaves_is_accepted_but_for_the_leaks() -> None:

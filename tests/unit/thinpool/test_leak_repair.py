@@ -234,12 +234,39 @@ def test_a_superblock_that_has_changed_since_the_check_is_refused() -> None:
     assert changed.trace == ()
 
 
-def test_a_bitmap_that_has_changed_since_the_check_is_refused() -> None:
+def parts(surgeon: Surgeon) -> dict[str, int]:
+    """The blocks that a repair reads."""
+    sb = surgeon.image.superblock()
+    return {
+        "data bitmap": surgeon.bitmap_of("data", 0),
+        "data index": sb.data_map.bitmap_root,
+        "metadata bitmap": surgeon.bitmap_of("metadata", 0),
+        "metadata index": sb.metadata_map.bitmap_root,
+    }
+
+
+@pytest.mark.parametrize("part", ["data bitmap", "data index", "metadata bitmap", "metadata index"])
+def test_a_part_that_has_changed_since_the_check_is_refused(part: str) -> None:
     surgeon = Surgeon(with_leaks(small_pool(), data=[999]))
+    block = parts(surgeon)[part]
     counts = counts_of(surgeon.device())
-    surgeon.flip(surgeon.bitmap_of("data", 0))
+    surgeon.flip(block)
     device = CrashDevice(surgeon.content())
-    with pytest.raises(Corrupt, match=f"block {surgeon.bitmap_of('data', 0)}"):
+    with pytest.raises(Corrupt, match=f"block {block}: ") as caught:
+        repair_leaks(device, counts)
+    assert caught.value.block == block
+    assert device.trace == ()
+
+
+@pytest.mark.parametrize("part", ["data bitmap", "data index", "metadata bitmap", "metadata index"])
+def test_a_part_with_several_references_is_refused(part: str) -> None:
+    """It could not be moved without somebody who still expects it where it was."""
+    surgeon = Surgeon(with_leaks(small_pool(), data=[999]))
+    block = parts(surgeon)[part]
+    device = CrashDevice(surgeon.content())
+    counts = counts_of(device)
+    counts.metadata.add(block)
+    with pytest.raises(Corrupt, match=f"block {block}: a part of a space map has several references"):
         repair_leaks(device, counts)
     assert device.trace == ()
 

@@ -26,7 +26,7 @@ def with_leaks(content: bytes, *, data: Iterable[int] = (), metadata: Iterable[i
 
 
 def with_random_leaks(content: bytes, seed: int, most: int = 8) -> bytes:
-    """*content* with up to *most* leaks in each space map, alone or side by side."""
+    """*content* with leaks in each space map that has free blocks, less than *most* at first, each with neighbours."""
     dice = random.Random(seed)
     image = Surgeon(content).image
     sb = image.superblock()
@@ -34,7 +34,7 @@ def with_random_leaks(content: bytes, seed: int, most: int = 8) -> bytes:
     for which, root in (("data", sb.data_map), ("metadata", sb.metadata_map)):
         used = image.counts(which)
         free = [block for block in range(root.nr_blocks) if block not in used]
-        for first in dice.choices(free, k=dice.randrange(1, most)):
+        for first in dice.choices(free, k=dice.randrange(1, most)) if free else ():
             run = range(first, min(first + dice.choice([1, 1, 2, 5]), root.nr_blocks))
             leaks[which].update(block for block in run if block not in used)
     return with_leaks(content, data=leaks["data"], metadata=leaks["metadata"])

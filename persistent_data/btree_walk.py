@@ -160,6 +160,15 @@ class BTreeWalk:
         self._summaries = _Summaries(self._nr_blocks)
         self._kinds: list[TreeKind] = []
         self._errors: dict[int, int] = {}
+        self._claimed: bytes | None = None
+        self._claimed_by = ""
+
+    def claim(self, is_node: bytes, kind: TreeKind) -> None:
+        """Take note of the nodes of trees of *kind* that somebody else has walked: blocks whose byte is not zero.
+
+        Trees of that kind are walked here no more; other trees must keep away from these nodes.
+        """
+        self._claimed, self._claimed_by = is_node, kind.name
 
     def nr_errors(self, block: int) -> int:
         """Return the number of fatal faults found in and below node *block*."""
@@ -245,6 +254,10 @@ class BTreeWalk:
             self._damage(holder, fault, path or (0,), begin, end)
             return False
         self._references.add(block)
+        if self._claimed is not None and self._claimed[block]:
+            fault = Fault(OTHER_TREE, f"it is also part of the {self._claimed_by}")
+            self._damage(holder, fault, (*path, block), begin, end)
+            return False
         if not self._summaries.seen(block):
             self._summaries.open(block)
             return True

@@ -42,7 +42,7 @@ def count_mappings(
     snap: Superblock | None = None,
     snap_devices: Sequence[DeviceEntry] = (),
     progress: Callable[[int], object] | None = None,
-) -> RefCounts | None:
+) -> tuple[RefCounts, bytes] | None:
     """Count the references to data blocks, and add to *references* those to the nodes of the mapping trees.
 
     Memory: two bytes for each data block, three if a metadata snapshot is held, less where large ranges were never
@@ -53,8 +53,8 @@ def count_mappings(
     :param snap: the superblock of the metadata snapshot that is held
     :param snap_devices: of that, with their roots
     :param progress: is called with the number of leaves that have been read
-    :return: references to data blocks; None, and *references* as they were, when something is not clean, or a data
-        block has more than 255 references
+    :return: references to data blocks, and a byte for each metadata block, not zero for the nodes; None, and
+        *references* as they were, when something is not clean, or a data block has more than 255 references
     """
     try:
         return _count(reader, references, main, devices, snap, snap_devices, progress)
@@ -70,7 +70,7 @@ def _count(
     snap: Superblock | None,
     snap_devices: Sequence[DeviceEntry],
     progress: Callable[[int], object] | None,
-) -> RefCounts:
+) -> tuple[RefCounts, bytes]:
     walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size), references.nr_blocks)
     everybody = [*devices, *snap_devices]
     # What the metadata snapshot refers to is not shared with a device in the sense that matters to the kernel.
@@ -87,19 +87,22 @@ def _count(
     if not np.array_equal(walk.nr_entries.view(np.uint64), wanted):
         raise NotClean(0)
     data = leaves.finish()
-    _add_nodes(references, walk.levels)
-    return data
+    return data, _add_nodes(references, walk.levels)
 
 
-def _add_nodes(references: RefCounts, levels: list[Level]) -> None:
+def _add_nodes(references: RefCounts, levels: list[Level]) -> bytes:
+    """Add the references to nodes, to which nobody else has referred, and return which blocks they are."""
     found = np.frombuffer(references.counts, np.uint8)
+    nodes = np.zeros(len(found), np.uint8)
     for level in levels:
         # A node has one place: in the trees of one kind.
         require(found[level.blocks] == 0, level.blocks)
     for level in levels:
         found[level.blocks] = np.minimum(level.references, _MOST)
+        nodes[level.blocks] = 1
         for i in np.flatnonzero(level.references > _MOST):
             references.excess[int(level.blocks[i])] = int(level.references[i]) - _MOST
+    return nodes.tobytes()
 
 
 class _Leaves:

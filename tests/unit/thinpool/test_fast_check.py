@@ -324,6 +324,23 @@ def test_a_mapping_too_many_and_one_too_few(verdicts: Verdicts) -> None:
     assert verdicts.seen == [False]
 
 
+@pytest.mark.parametrize("which", ["data", "metadata"])
+def test_space_maps_keep_away_from_the_nodes_of_mapping_trees(verdicts: Verdicts, which: str) -> None:
+    """Wherever the mappings were counted: it is named the same way."""
+    surgeon = Surgeon(fixtures.image("shared_by_many"))
+    sb = surgeon.image.superblock()
+    leaf = surgeon.leaves(surgeon.device_root(next(iter(surgeon.image.devices()))))[0]
+    if which == "data":
+        holder = surgeon.image.node(sb.data_map.ref_count_root)
+        assert not holder.leaf
+        surgeon.value(holder.number, 0, leaf)
+    else:
+        surgeon.superblock(0, metadata_ref_count_root=leaf)
+    findings = verdicts.compare(surgeon.content())
+    assert "part of the mapping tree)" in findings[0]
+    assert verdicts.seen == [False]
+
+
 # Choice of path
 
 

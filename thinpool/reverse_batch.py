@@ -19,6 +19,7 @@ import numpy as np
 
 from persistent_data.batch_walk import BatchWalk
 from persistent_data.block_batches import NotClean
+from persistent_data.distinct import Distinct
 from persistent_data.node_batches import NodeBatches
 from thinpool.errors import ThinError
 from thinpool.layout import TIME_BITS
@@ -44,6 +45,9 @@ MEMORY = 256 << 20
 
 _NO_LIMIT = 1 << 62
 _WORDS_AT_A_TIME = 1 << 20
+_SPARSE = 8
+"""Places to a word from which on most places are not looked at."""
+_MOST_STRETCHES = 32
 _SPOOL_BYTES = 24 << 16
 """Of a temporary file, read at a time: runs of 24 bytes."""
 _BYTES_A_WORD = 10
@@ -85,6 +89,11 @@ class ReverseBatches:
         self._next_begin = -1
         self._heads: dict[int, int] = {}
         """Of the stretch that was read last, where it begins and its runs there: their first words and lengths."""
+
+    @property
+    def is_too_long(self) -> bool:
+        """Tell whether the trees would have to be read so often that sorting all runs is better."""
+        return len(self._stretches) > _MOST_STRETCHES
 
     def _nr_owned_twice(self) -> int:
         """Return the mappings to data blocks that have others, as far as the superblock tells."""
@@ -230,11 +239,19 @@ class ReverseBatches:
 
 def _runs_of_words(words: Words) -> Iterator[Runs]:
     begin = 0
+    """Where the run begins, or the gap, that may go on in the next part."""
     for first in range(0, len(words), _WORDS_AT_A_TIME):
         end = min(first + _WORDS_AT_A_TIME, len(words))
         before = max(first - 1, 0)
         part = words[before:end]
-        breaks = np.flatnonzero(part[1:] - part[:-1] != 1) + (before + 1)
+        if int(np.count_nonzero(part)) * _SPARSE < len(part):
+            # Places of words, and of what follows them, are the only ones at which anything can end.
+            owned_at = np.flatnonzero(part)
+            places = Distinct(np.concatenate((owned_at, owned_at + 1))).values
+            places = places[(places > 0) & (places < len(part))]
+            breaks = places[part[places] - part[places - 1] != 1] + before
+        else:
+            breaks = np.flatnonzero(part[1:] - part[:-1] != 1) + (before + 1)
         edges = np.concatenate([[begin], breaks, [len(words)] if end == len(words) else breaks[:0]])
         begin = int(edges[-1])
         at, lengths = edges[:-1], edges[1:] - edges[:-1]

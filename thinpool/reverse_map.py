@@ -153,13 +153,16 @@ def _text_in_bulk(columns: Iterable[Columns], json: bool) -> Iterator[memoryview
 def _in_bulk(
     pool: PoolReader, devices: Sequence[DeviceEntry], wanted: list[tuple[int, int]], progress: Progress | None
 ) -> Iterator[Columns] | None:
-    """Return the runs of a large pool, many at a time; None if the pool is small or there is something odd about it."""
+    """Return the runs of a large pool, many at a time; None if that is not the way, or there is anything unusual."""
     if sum(entry.mapped_blocks for entry in devices) < BULK_FROM_MAPPINGS:
         return None
     from persistent_data.block_batches import NotClean
     from thinpool.reverse_batch import MEMORY, ReverseBatches
 
-    columns = ReverseBatches(pool, devices, wanted, MEMORY, progress).columns()
+    batches = ReverseBatches(pool, devices, wanted, MEMORY, progress)
+    if batches.is_too_long:
+        return None
+    columns = batches.columns()
     try:
         # When there is a first batch, everything has been read.
         return chain(list(islice(columns, 1)), columns)

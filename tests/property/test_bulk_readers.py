@@ -74,6 +74,7 @@ def test_rmap(seed: int, memory: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reverse_map, "BULK_FROM_MAPPINGS", 0)
         patch.setattr(reverse_batch, "MEMORY", memory)
+        patch.setattr(reverse_batch, "_MOST_STRETCHES", 1 << 30)
         patch.setattr(reverse_map, "_one_by_one", not_to_be_used)
         text = b"".join(map(bytes, reverse_map.reverse_map_text(MemoryDevice(content), regions)))
     assert text.decode().splitlines() == [str(one) for one in owned]

@@ -17,7 +17,7 @@ from tests.support.fixtures import DAMAGED, GOOD, facts_of, image
 from tests.support.image import Image
 from tests.support.reverse import Owned, reverse_map_of
 from tests.support.surgeon import Surgeon
-from thinpool import reverse_map
+from thinpool import reverse_batch, reverse_map
 from thinpool.pool_reader import PoolReader
 from thinpool.reverse_batch import MEMORY, ReverseBatches
 
@@ -86,6 +86,25 @@ def test_stretches_may_be_of_single_blocks() -> None:
 @pytest.mark.parametrize("ranges", [[], [(1 << 40, 1 << 41)], [(16384, 16385)]])
 def test_where_nothing_is_mapped_nothing_is_found(ranges: Ranges) -> None:
     assert found(image("mixed"), ranges) == []
+
+
+@pytest.mark.parametrize("sparse", [0, 1 << 20], ids=["as if few", "as if many"])
+@pytest.mark.parametrize("name", ["mixed", "dirty_3", "sequential", "discards"])
+def test_runs_are_found_among_many_words_and_few(name: str, sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reverse_batch, "_SPARSE", sparse)
+    monkeypatch.setattr(reverse_batch, "_WORDS_AT_A_TIME", 50)
+    assert found(image(name), EVERYTHING) == reverse_map_of(Image.from_bytes(image(name)), EVERYTHING)
+
+
+def test_a_large_device_with_little_in_it_is_not_for_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reverse_map, "BULK_FROM_MAPPINGS", 0)
+    monkeypatch.setattr(reverse_batch, "MEMORY", 1000)
+    batches = batches_of(MemoryDevice(image("mixed")), EVERYTHING, 1000)
+    assert batches.is_too_long
+    monkeypatch.setattr(ReverseBatches, "columns", None)
+    runs = reverse_map.reverse_map(MemoryDevice(image("mixed")), EVERYTHING)
+    wanted = reverse_map_of(Image.from_bytes(image("mixed")), EVERYTHING)
+    assert [Owned(begin, begin + length, dev, thin) for begin, length, dev, thin in runs] == wanted
 
 
 def test_a_stretch_with_too_many_owners_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

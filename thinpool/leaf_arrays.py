@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from thinpool.pool_reader import PoolReader
 
+WORTH_ARRAYS = 32
+"""Leaves of a device from which on array operations are faster."""
+
 
 class LeafArrays(Leaves):
     """The same as its base, which explains it, once :meth:`finish` has been called: until then chunks are just kept."""
@@ -92,18 +95,17 @@ class LeafArrays(Leaves):
         last = np.cumsum(sizes) - 1
         leaves = np.concatenate([np.frombuffer(chunk, np.uint32) for chunk in self._chunks])
         begins, ends = leaves[last - sizes + 1], leaves[last]
-        uses = np.zeros(len(sizes), np.int64)
+        chunks = np.concatenate([np.frombuffer(device, np.uint32) for device in self._devices])
+        uses = np.bincount(chunks, minlength=len(sizes))
         # Neighbours within chunks, whichever device has them, and where chunks of a device meet.
-        within = np.ones(len(leaves), np.bool_)
-        within[last] = False
-        before, after = [leaves[:-1][within[:-1]]], [leaves[1:][within[:-1]]]
-        none = np.array([self._CUT], np.uint32)
-        for device in self._devices:
-            chunks = np.frombuffer(device, np.uint32)
-            np.add.at(uses, chunks, 1)
-            before += [none, ends[chunks]]
-            after += [begins[chunks], none]
-        a, b = np.concatenate(before), np.concatenate(after)
+        within = np.ones(len(leaves) - 1, np.bool_)
+        within[last[:-1]] = False
+        device_ends = np.cumsum([len(device) for device in self._devices]) - 1
+        following = np.append(begins[chunks[1:]], np.uint32(self._CUT))
+        following[device_ends] = self._CUT
+        first = begins[chunks[np.append(0, device_ends[:-1] + 1)]]
+        a = np.concatenate((leaves[:-1][within], ends[chunks], np.full(len(first), self._CUT, np.uint32)))
+        b = np.concatenate((leaves[1:][within], following, first))
         occurrences = np.zeros(len(self.blocks), np.int64)
         np.add.at(occurrences, leaves, np.repeat(uses, sizes))
         self._next = _array("I", self._only_neighbours(a, b))
@@ -139,7 +141,11 @@ class LeafArrays(Leaves):
 
     def pieces(self, number: int) -> Iterator[array[int] | int]:
         """Yield what a device consists of."""
-        leaves = np.concatenate([np.frombuffer(self._chunks[chunk], np.uint32) for chunk in self._devices[number]])
+        chunks = [self._chunks[chunk] for chunk in self._devices[number]]
+        if sum(map(len, chunks)) < WORTH_ARRAYS:
+            yield from super().pieces(number)
+            return
+        leaves = np.concatenate([np.frombuffer(chunk, np.uint32) for chunk in chunks])
         if not self._occurrences:
             yield _array("I", leaves)
             return

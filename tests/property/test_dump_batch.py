@@ -16,7 +16,7 @@ from tests.support.fixtures import DAMAGED, GOOD, facts_of, image, read_xml
 from tests.support.mapping_pools import MAX_DATA_BLOCK, made_pool
 from tests.support.surgeon import Surgeon
 from thinpool import dump as dumping
-from thinpool import dump_batch, text_format
+from thinpool import dump_batch, leaf_arrays, text_format
 from thinpool.dump import Options, dump
 from thinpool.human_format import HumanWriter
 from thinpool.json_format import JsonWriter
@@ -45,6 +45,7 @@ class OneByOne(XmlWriter):
 @pytest.fixture(autouse=True)
 def small_pools_are_worth_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dump_batch, "WORTH_A_BATCH", 1)
+    monkeypatch.setattr(leaf_arrays, "WORTH_ARRAYS", 1)
     monkeypatch.setattr(text_format, "WORTH_ARRAYS", 1)
 
 

@@ -47,10 +47,6 @@ WORTH_BATCHES = 1000
 """Metadata blocks in use from which on array operations are faster, the import of the array package included."""
 
 
-def _needs_ownership(fields: Iterable[str]) -> bool:
-    return any(field.startswith(_OWNERSHIP) for field in fields)
-
-
 def needs_walk(fields: Iterable[str]) -> bool:
     """Tell whether one of *fields* takes a walk of the mapping trees; the others are in the details tree."""
     return any(field.startswith(("HIGHEST", *_OWNERSHIP)) for field in fields)
@@ -109,19 +105,22 @@ def list_devices(
     pool = PoolReader(device, metadata_snap)
     rows = [Row(entry) for entry in pool.devices()]
     if needs_walk(fields):
-        _count(pool, rows, _needs_ownership(fields), progress)
+        _count(pool, rows, fields, progress)
     sectors = pool.superblock.data_block_size
     return [[_cell(field, row, sectors) for field in fields] for row in rows]
 
 
-def _count(pool: PoolReader, rows: list[Row], ownership: bool, progress: Callable[[int, int], None] | None) -> None:
-    """Fill in *rows*."""
+def _count(
+    pool: PoolReader, rows: list[Row], fields: Sequence[str], progress: Callable[[int, int], None] | None
+) -> None:
+    """Fill in *rows* as far as *fields* need it."""
+    ownership = any(field.startswith(_OWNERSHIP) for field in fields)
     if pool.main.metadata_root.nr_allocated >= WORTH_BATCHES:
         from persistent_data.block_batches import NotClean
         from thinpool.listing_batch import count
 
         try:
-            count(pool, rows, ownership, progress)
+            count(pool, rows, ownership, any(field in _HIGHEST for field in fields), progress)
         except NotClean:
             pass  # what is wrong with it, if anything, takes the plain code to say
         else:

@@ -33,9 +33,13 @@ assert _CAPPED_FROM + WINDOW_BLOCKS * max_entries(MAPPING_KIND.value_size) < 1 <
 
 
 def count(
-    pool: PoolReader, rows: Sequence[Row], ownership: bool, progress: Callable[[int, int], None] | None = None
+    pool: PoolReader,
+    rows: Sequence[Row],
+    ownership: bool,
+    highest: bool,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill in *rows*, the exclusive blocks only if *ownership* is asked for.
+    """Fill in *rows*: the exclusive blocks if *ownership* is asked for, the highest ones if those are.
 
     Memory: 2 bytes for each data block if it is, and 50 for each leaf.
 
@@ -44,18 +48,19 @@ def count(
     walk = BatchWalk(NodeBatches(pool.reader.device), pool.nr_blocks)
     counts = _Counts(pool.nr_data_blocks, ownership)
     expected = [row.device.mapped_blocks for row in rows]
-    nr_seen = 0
+    nr_expected, nr_seen = sum(expected), 0
     for nodes, level in walk.leaves([row.device.root for row in rows], range(len(rows))):
         _, values = nodes.entries()
         counts.add(values, level)
         nr_seen += len(values)
         if progress is not None:
-            progress(nr_seen, sum(expected))
+            progress(nr_seen, nr_expected)
     if not np.array_equal(walk.nr_entries.view(np.uint64), np.array(expected, np.uint64)):
         raise NotClean(0)
     for row in rows:
         row.exclusive = row.device.mapped_blocks
-        row.highest = _highest(pool, row.device.root)
+        if highest:
+            row.highest = _highest(pool, row.device.root)
     if ownership and rows:
         leaves = walk.levels[-1]
         own = np.flatnonzero(leaves.nr_ways == 1)

@@ -92,7 +92,7 @@ def test_pools_made_of_large_leaves_are_clean_as_often_as_not() -> None:
         made = made_pool(Random(seed), nr_data_blocks=1 << 16, small_leaves=False)
         pool = PoolReader(MemoryDevice(made.content))
         try:
-            listing_batch.count(pool, [Row(entry) for entry in pool.devices()], True)
+            listing_batch.count(pool, [Row(entry) for entry in pool.devices()], True, True)
         except NotClean:
             continue
         clean += 1

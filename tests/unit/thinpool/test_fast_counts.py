@@ -30,7 +30,7 @@ class Counting(Observer):
         self.counts: Counts | None = None
         original = fast_counts.count_mappings
 
-        def count_mappings(*arguments: object) -> RefCounts | None:
+        def count_mappings(*arguments: object) -> tuple[RefCounts, bytes] | None:
             counts = original(*arguments)  # type: ignore[arg-type]  # passed on as they are
             self.by_arrays.append(counts is not None)
             return counts

@@ -47,7 +47,7 @@ WORTH_BATCHES = 1000
 """Metadata blocks in use from which on array operations are faster, the import of the array package included."""
 
 
-def needs_walk(fields: Iterable[str]) -> bool:
+def _needs_walk(fields: Iterable[str]) -> bool:
     """Tell whether one of *fields* takes a walk of the mapping trees; the others are in the details tree."""
     return any(field.startswith(("HIGHEST", *_OWNERSHIP)) for field in fields)
 
@@ -104,7 +104,7 @@ def list_devices(
             raise ValueError(f"unknown field {field}")
     pool = PoolReader(device, metadata_snap)
     rows = [Row(entry) for entry in pool.devices()]
-    if needs_walk(fields):
+    if _needs_walk(fields):
         _count(pool, rows, fields, progress)
     sectors = pool.superblock.data_block_size
     return [[_cell(field, row, sectors) for field in fields] for row in rows]

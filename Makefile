@@ -4,6 +4,7 @@
 #   make test       every test that can run here; tests without their oracle are skipped, saying why
 #   make check      format, lint, types, fast tests: before each commit
 #   make test-all   as test, with long property runs, and a missing oracle is a failure
+#   make test-crash every state that power cuts may leave, 100,000 images of them; make crash-long: two millions
 #   make bench      measure; BENCH="engine --help" says how
 #   make format     rewrite the sources in the project's format
 #   make clean      remove what builds and runs leave behind; make distclean: the environment too
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 SOURCES := bufio persistent_data thinpool tools examples tests
 
-.PHONY: demo test check test-all bench format lint types fast clean distclean
+.PHONY: demo test check test-all test-crash crash-long bench format lint types fast clean distclean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/tour.py
@@ -28,6 +29,16 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	THINPOOL_REQUIRE_ORACLES=1 THINPOOL_HYPOTHESIS_PROFILE=long $(PYTEST) $(TESTS)
+
+CRASH_SEED ?= 1
+
+test-crash: $(VENV)/.test
+	$(BIN)/python -m tests.crash --images 100000 --seed $(CRASH_SEED)
+	$(BIN)/python -m tests.crash mutations
+
+crash-long: $(VENV)/.test
+	$(BIN)/python -m tests.crash --images 2000000 --all --seed $(CRASH_SEED)
+	$(BIN)/python -m tests.crash mutations
 
 check: lint types fast
 

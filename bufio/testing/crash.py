@@ -244,9 +244,10 @@ class CrashImage:
     digest: int
     """128 bits that follow from the bytes: equal for two images of one device exactly if these are."""
     _name: str = field(repr=False)
-    _durable: bytes = field(repr=False)
-    _changed: Mapping[int, bytes] = field(repr=False)
-    """Sector -> its bytes, where they are not those of ``_durable``, which is shared by the images between flushes."""
+    durable: bytes = field(repr=False)
+    """What is durable for certain.  The images between two flushes share it: it is the same object."""
+    changed: Mapping[int, bytes] = field(repr=False)
+    """Sector -> its 512 bytes, where something else than what is durable has reached the device."""
 
     def contents(self) -> bytes:
         """Return all the bytes."""
@@ -254,8 +255,8 @@ class CrashImage:
 
     def device(self) -> MemoryDevice:
         """Return a device of its own with these bytes, to open and to change."""
-        device = MemoryDevice(self._durable, f"{self._name}@{self.choice}")
-        for sector, data in self._changed.items():
+        device = MemoryDevice(self.durable, f"{self._name}@{self.choice}")
+        for sector, data in self.changed.items():
             device.pwrite(data, sector * _SECTOR_BYTES)
         return device
 

@@ -673,4 +673,4 @@ def test_image_of_a_large_device_costs_what_was_written() -> None:
     run(device, blocks(11))
     images = list(device.images(samples=10))
     assert len(images) > 2000
-    assert len({id(image._durable) for image in images}) == 1
+    assert len({id(image.durable) for image in images}) == 1

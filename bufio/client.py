@@ -216,6 +216,15 @@ class Client:
 
     # Getting buffers
 
+    @property
+    def write_callback(self) -> Callable[[Buffer], None] | None:
+        """What is called, without any lock, just before a buffer is written.  It may be set at any time."""
+        return self._home.prepare
+
+    @write_callback.setter
+    def write_callback(self, callback: Callable[[Buffer], None] | None) -> None:
+        self._home.prepare = callback
+
     def read(self, block: int) -> Buffer:
         """Return the buffer of *block*, held; it is read from the device if it is not cached.
 

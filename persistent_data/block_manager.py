@@ -25,7 +25,7 @@ from persistent_data.errors import CorruptMetadata, InvalidArgument, MetadataErr
 from persistent_data.layout import BLOCK_HEADER, BLOCK_SIZE, BLOCKNR, BLOCKNR_OFFSET, CHECKSUM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from bufio import Buffer, Device
     from bufio.engine import Engine
@@ -133,6 +133,18 @@ class BlockManager:
         self._unlocked = threading.Condition()
         self._lock_counts: dict[Buffer, int] = {}
         """Readers that have a buffer locked, or -1 for a writer; those that nobody has locked are not in here."""
+
+    def before_first_write(self, step: Callable[[], None]) -> None:
+        """Have *step* called once, before any block is written from now on; if it raises, nothing is."""
+
+        def first(buffer: Buffer) -> None:
+            # Also called for the rest of the blocks that are written together with the first.
+            if self.client.write_callback is first:
+                step()
+                self.client.write_callback = complete_for_write
+            complete_for_write(buffer)
+
+        self.client.write_callback = first
 
     @property
     def nr_blocks(self) -> int:

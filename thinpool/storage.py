@@ -8,6 +8,8 @@ between the two, so whatever happens the device holds either the last commit or 
 from __future__ import annotations
 
 import errno
+from functools import partial
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from persistent_data.block_manager import BlockManager, Validator, complete_for_write
@@ -128,6 +130,7 @@ class Storage:
         :raises CorruptMetadata: it is not, or not sound, metadata
         """
         bm = BlockManager(device, cache_bytes=cache_bytes, engine=engine, read_only=read_only)
+        bm.before_first_write(partial(_make_durable, device))
         try:
             return cls.reopen(bm)
         except BaseException:
@@ -245,3 +248,15 @@ class Storage:
         complete_for_write(view.buffer)
         self.bm.device.pwrite(view.data, SUPERBLOCK_LOCATION * BLOCK_SIZE)
         self.bm.device.flush()
+
+
+def _make_durable(device: Device) -> None:
+    """Write the superblock that was found on *device* once more, before anything else is written.
+
+    Whoever wrote it may have been told that the flush failed.  It is read back all the same, but a power cut may bring
+    back the one before, and then the blocks that only that one refers to must not have been overwritten.
+    """
+    superblock = memoryview(mmap(-1, BLOCK_SIZE))  # page-aligned, as O_DIRECT wants it
+    device.readinto(superblock, SUPERBLOCK_LOCATION * BLOCK_SIZE)
+    device.pwrite(superblock, SUPERBLOCK_LOCATION * BLOCK_SIZE)
+    device.flush()

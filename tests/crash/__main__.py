@@ -1,4 +1,4 @@
-"""Explore what power cuts may leave.
+"""Explore what power cuts may leave, and what comes of devices and of memory that fail.
 
 python -m tests.crash                                  one hundred thousand images, from seed 1
 python -m tests.crash --images 2000000 --seed 7 --all  each pair and each sequence of three calls, then by chance
@@ -18,7 +18,8 @@ import time
 from itertools import chain, count
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.crash.explorer import BrokenPromise, Effort, Explorer, Outcome, explore, smallest
+from tests.crash.explorer import BrokenPromise, Effort, Explorer, Outcome, explore, explore_faults, smallest
+from tests.crash.faults import Fault
 from tests.crash.mutations import MUTATIONS, find
 from tests.crash.workloads import Workload, exhaustive, random_workload, scripted
 from tests.support import peers
@@ -33,40 +34,49 @@ class _Job(NamedTuple):
     workload: Workload
     effort: Effort
     seed: int
+    faults: int = 0
+    """0: only power cuts; 1: each fault as well; 2: each two of them, too."""
 
 
 def _explore(job: _Job) -> Outcome:
+    if job.faults:
+        return explore_faults(job.workload, seed=job.seed, by_pairs=job.faults > 1)
     return explore(job.workload, job.effort, job.seed)
 
 
-def _workloads(seed: int, *, everything: bool) -> tuple[list[Workload], Iterator[Workload]]:
+def _jobs(effort: Effort, seed: int, *, everything: bool) -> tuple[list[_Job], Iterator[_Job]]:
     """What has to be explored in any case, and what more there is."""
     scripts = list(scripted())
+    singles = [script for script in scripts if len(script.calls) == 2]
     if everything:
-        fixed = [*scripts, *exhaustive(1), *exhaustive(2), *exhaustive(3)]
+        cuts = [*scripts, *exhaustive(1), *exhaustive(2), *exhaustive(3)]
+        faulty = [*singles, *exhaustive(2)]
+        twice_faulty = [script for script in singles if script.pool == "small"]
     else:
-        singles = [script for script in scripts if len(script.calls) == 2]
-        pairs = [script for script in scripts if len(script.calls) > 2]
-        fixed = [*singles, *exhaustive(2), *random.Random(seed).sample(pairs, _PAIRS_BY_CHANCE)]
-    return fixed, (random_workload(number) for number in count(seed * 1_000_000))
+        more = [script for script in scripts if len(script.calls) > 2]
+        cuts = [*singles, *exhaustive(2), *random.Random(seed).sample(more, _PAIRS_BY_CHANCE)]
+        faulty = [script for script in singles if script.pool == "small"]
+        twice_faulty = [Workload.parse("small: insert 0 7; commit")]
+    fixed = [
+        *(_Job(workload, effort, seed) for workload in cuts),
+        *(_Job(workload, effort, seed, 1) for workload in faulty),
+        *(_Job(workload, effort, seed, 2) for workload in twice_faulty),
+    ]
+    return fixed, (_Job(random_workload(number), effort, seed) for number in count(seed * 1_000_000))
 
 
 def run(args: argparse.Namespace) -> int:
     """Explore until there are enough images, and print what came of it."""
     effort = Effort(peer=Effort().peer if peers.is_available() else 0)
-    fixed, more = _workloads(args.seed, everything=args.all)
+    fixed, more = _jobs(effort, args.seed, everything=args.all)
     began = time.monotonic()
     total = Outcome()
     nr_workloads = 0
     failures = []
     with multiprocessing.Pool(args.jobs) as pool:
-        jobs = (_Job(workload, effort, args.seed) for workload in chain(fixed, more))
-        for outcome in pool.imap(_explore, jobs, chunksize=4):
+        for outcome in pool.imap(_explore, chain(fixed, more), chunksize=4):
             nr_workloads += 1
-            total.images += outcome.images
-            total.states += outcome.states
-            total.long_way += outcome.long_way
-            total.peer += outcome.peer
+            total.add(outcome)
             if outcome.failure is not None:
                 failures.append(outcome.failure)
             if sys.stderr.isatty():
@@ -82,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         "states": total.states,
         "long_way": total.long_way,
         "peer": total.peer,
+        "faults": total.faults,
         "seconds": round(seconds, 1),
         "images_per_second": round(total.images / seconds),
         "failures": len(failures),
@@ -102,11 +113,12 @@ def run(args: argparse.Namespace) -> int:
 def replay(args: argparse.Namespace) -> int:
     """Repeat one workload, or one image of it, and say what is wrong with it."""
     workload = Workload.parse(args.workload)
+    faults = [Fault.parse(text) for text in args.fault]
     if args.choice is None:
-        outcome = explore(workload, seed=args.seed)
+        outcome = explore(workload, seed=args.seed, faults=faults)
         print(outcome.failure or f"sound: {outcome.images} images of {workload}")
         return 1 if outcome.failure else 0
-    explorer = Explorer(workload)
+    explorer = Explorer(workload, faults)
     image = explorer.device.image(args.choice)
     try:
         explorer.require_the_long_way(image, explorer.require_promise(image), peer=peers.is_available())
@@ -157,6 +169,7 @@ def main() -> int:
     command = commands.add_parser("replay", help="repeat a workload, or one image of it")
     command.add_argument("workload")
     command.add_argument("choice", nargs="?")
+    command.add_argument("--fault", action="append", default=[], help="what goes wrong meanwhile; may be repeated")
     command.set_defaults(act=replay)
     command = commands.add_parser("mutations", help="see that defects in the engine are found")
     command.add_argument("names", nargs="*", metavar="NAME")

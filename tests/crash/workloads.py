@@ -25,7 +25,7 @@ from thinpool import PoolMetadata, ThinError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from bufio.testing import CrashDevice
+    from bufio.device import Device
 
 BLOCK = 4096
 NR_METADATA_BLOCKS = 128
@@ -115,6 +115,20 @@ class Model:
         """Commit."""
         self.published.append(self.content())
 
+    def in_flight(self, call: str) -> Content | None:
+        """Return what *call*, which has failed, may have put on the device all the same; None if nothing."""
+        if call in ("commit", "hold", "reopen"):
+            return self.content()
+        if call in ("flag", "unflag"):
+            flags = self.flags | NEEDS_CHECK if call == "flag" else self.flags & ~NEEDS_CHECK
+            return self.published[-1]._replace(flags=flags)
+        return None
+
+    def go_on_from(self, content: Content) -> None:
+        """Begin a transaction on what was found on the device."""
+        self.published.append(content)
+        self._load(content)
+
     def publish_flags(self) -> None:
         """Write the flags into the superblock of the last commit, which is all that changes on the device."""
         self.published.append(self.published[-1]._replace(flags=self.flags))
@@ -127,19 +141,32 @@ class Model:
 class Run:
     """A workload under way: the pool, and the model of it."""
 
-    def __init__(self, device: CrashDevice, begin: Content) -> None:
+    def __init__(self, device: Device, begin: Content) -> None:
         self.device = device
         self.model = Model(begin)
         self.pool = PoolMetadata.open(device)
 
-    def call(self, call: str) -> None:
-        """Make one call.  A refusal leaves everything as it was."""
+    def call(self, call: str) -> Exception | None:
+        """Make one call, and return what it raised, if that is something that a call may raise.
+
+        A refusal changes nothing: whether it was one is seen from what the device says in the end.
+        """
         name, *words = call.split()
         try:
             CALLS[name](self, *map(int, words))
-        except ThinError:
-            # A refusal: whether it was one, and changed nothing, is seen from what the device says in the end.
-            return
+        except (ThinError, MemoryError) as error:
+            return error
+        return None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing but an abort goes on from here."""
+        return self.pool._failure is not None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether not even that does."""
+        return self.pool._closed
 
     def create(self, dev: int) -> None:
         self.pool.create_thin(dev)
@@ -161,7 +188,12 @@ class Run:
     def insert(self, dev: int, block: int) -> None:
         with self.pool.open_thin_device(dev) as thin:
             data = self.pool.alloc_data_block()
-            thin.insert_block(block, data)
+            try:
+                thin.insert_block(block, data)
+            except ThinError:
+                if not self.has_failed:
+                    self.pool.dec_data_range(data, data + 1)
+                raise
         self.model.devices[dev].mappings[block] = (data, self.model.time)
 
     def provision(self, dev: int, begin: int, length: int) -> None:

@@ -15,6 +15,7 @@ from persistent_data.errors import MetadataError
 from persistent_data.layout import BLOCK_SIZE, SPACE_MAP_ROOT
 from persistent_data.space_map_repair import CountedMap, plan_repair
 from thinpool.check import Counts, Observer, check
+from thinpool.durable_superblock import make_superblock_durable
 from thinpool.errors import Corrupt, ThinError, from_below
 from thinpool.layout import SUPERBLOCK_FIELDS, SUPERBLOCK_LOCATION, Superblock
 from thinpool.superblock_check import superblock_fault
@@ -102,6 +103,7 @@ def _commit(device: Device, content: bytearray, superblock: Superblock, repair: 
     # Anonymous maps begin at a page, as devices opened with O_DIRECT demand.
     buffer = memoryview(mmap(-1, BLOCK_SIZE))
     try:
+        make_superblock_durable(device)
         for block, new in repair.writes:
             buffer[:] = bytes(new)
             device.pwrite(buffer, block * BLOCK_SIZE)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from functools import partial
-from mmap import mmap
 from typing import TYPE_CHECKING
 
 from persistent_data.block_manager import BlockManager, Validator, complete_for_write
@@ -20,6 +19,7 @@ from persistent_data.layout import BLOCK_SIZE
 from persistent_data.space_map_disk import DiskSpaceMap
 from persistent_data.space_map_metadata import MetadataSpaceMap
 from persistent_data.transaction_manager import NonBlockingTransactionManager, TransactionManager
+from thinpool.durable_superblock import make_superblock_durable
 from thinpool.layout import (
     METADATA_BLOCK_SECTORS,
     SPACE_MAP_ROOT_SIZE,
@@ -130,7 +130,7 @@ class Storage:
         :raises CorruptMetadata: it is not, or not sound, metadata
         """
         bm = BlockManager(device, cache_bytes=cache_bytes, engine=engine, read_only=read_only)
-        bm.before_first_write(partial(_make_durable, device))
+        bm.before_first_write(partial(make_superblock_durable, device))
         try:
             return cls.reopen(bm)
         except BaseException:
@@ -248,15 +248,3 @@ class Storage:
         complete_for_write(view.buffer)
         self.bm.device.pwrite(view.data, SUPERBLOCK_LOCATION * BLOCK_SIZE)
         self.bm.device.flush()
-
-
-def _make_durable(device: Device) -> None:
-    """Write the superblock that was found on *device* once more, before anything else is written.
-
-    Whoever wrote it may have been told that the flush failed.  It is read back all the same, but a power cut may bring
-    back the one before, and then the blocks that only that one refers to must not have been overwritten.
-    """
-    superblock = memoryview(mmap(-1, BLOCK_SIZE))  # page-aligned, as O_DIRECT wants it
-    device.readinto(superblock, SUPERBLOCK_LOCATION * BLOCK_SIZE)
-    device.pwrite(superblock, SUPERBLOCK_LOCATION * BLOCK_SIZE)
-    device.flush()

@@ -163,10 +163,12 @@ def test_counts_of_a_check_are_used_again() -> None:
 
 
 def test_the_order_is_that_of_a_commit() -> None:
-    """Bitmaps, indices, flush, superblock, flush."""
+    """The superblock that was found, flush; bitmaps, indices, flush, superblock, flush."""
     device = CrashDevice(with_leaks(small_pool(), data=[999], metadata=[60]))
     repair_leaks(device)
-    *before, flush, superblock, last = device.trace
+    found, found_flush, *before, flush, superblock, last = device.trace
+    assert isinstance(found, Write)
+    assert (found.offset, type(found_flush).__name__) == (0, "Flush")
     kinds = [
         Image.from_bytes(device.contents()).kind(event.offset // BLOCK) for event in before if isinstance(event, Write)
     ]
@@ -315,14 +317,14 @@ def test_an_error_at_any_call_is_told_and_leaves_nothing_worse() -> None:
     recorder = CrashDevice(LEAKY)
     repair_leaks(recorder)
     nr_writes = sum(isinstance(event, Write) for event in recorder.trace)
-    for kind, number in [*(("write", i) for i in range(nr_writes)), ("flush", 0), ("flush", 1)]:
+    for kind, number in [*(("write", i) for i in range(nr_writes)), *(("flush", i) for i in range(3))]:
         inner = MemoryDevice(LEAKY)
         device = FaultyDevice(inner)
         device.on(kind, skip=number, times=1).fail(errno.EIO)  # type: ignore[arg-type]  # a literal, from the list
         with pytest.raises(ThinError) as caught:
             repair_leaks(device)
         assert caught.value.errno == errno.EIO
-        is_last = (kind, number) in (("write", nr_writes - 1), ("flush", 1))
+        is_last = (kind, number) in (("write", nr_writes - 1), ("flush", 2))
         told = "either as it was or repaired; check it again" if is_last else "the metadata is as it was"
         assert str(caught.value.strerror).startswith("cannot write the repair: ")
         assert str(caught.value.strerror).endswith(told)

@@ -9,6 +9,7 @@ Source: docs/design.md, "Text in bulk".
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,8 @@ _AT_ONCE = 4
 """Digits that are looked up together."""
 _ROWS = 2048
 """Rows of one shape: as many as a processor's cache has room for."""
+_MOST_ROOMS = 3
+_SPARE = 8
 _MOST_SHAPES = 128
 """Shapes whose rows are kept."""
 
@@ -92,6 +95,7 @@ class BulkText:
         self._templates = templates
         self._tables = [np.empty(0, "V1"), *(_digit_table(digits) for digits in range(1, _AT_ONCE + 1))]
         self._shapes: dict[tuple[int, ...], _Shape] = {}
+        self._rooms: list[Bytes] = []
 
     def lines(self, kinds: NDArray[np.uint8] | None, columns: Sequence[Numbers]) -> memoryview:
         """Return lines as text.
@@ -120,7 +124,7 @@ class BulkText:
         order = np.argsort(codes, kind="stable")
         begins = (ends - lengths).take(order)
         columns = [column.take(order) for column in columns]
-        out = np.empty(int(ends[-1]), np.uint8)
+        out = self._room(int(ends[-1]))
         at = 0
         for code, shape in zip(present.tolist(), shapes, strict=True):
             # Windows as wide as a line, one at each byte: assigning to one lays a line down there.
@@ -135,12 +139,22 @@ class BulkText:
     def _alike(self, shape: _Shape, columns: Sequence[Numbers]) -> memoryview:
         """Return lines that are all of one shape."""
         count = len(columns[0])
-        out = np.empty(count * shape.size, np.uint8)
+        out = self._room(count * shape.size)
         lines = out.view(f"V{shape.size}")
         for at in range(0, count, _ROWS):
             following = at + _ROWS
             lines[at:following] = shape.rows([column[at:following] for column in columns], self._tables)
         return out.data
+
+    def _room(self, size: int) -> Bytes:
+        """Return an array of *size* bytes, old memory where possible: new memory takes longer to get than to fill."""
+        # Texts that somebody still has hold references to theirs.
+        for old, nr_references in zip(self._rooms, _reference_counts(self._rooms), strict=True):
+            if len(old) >= size and nr_references == _UNUSED:
+                return old[:size]
+        new = np.empty(size + size // _SPARE, np.uint8)
+        self._rooms = [*self._rooms[-_MOST_ROOMS + 1 :], new]
+        return new[:size]
 
     def _shape(self, parts: tuple[int, ...]) -> _Shape:
         shape = self._shapes.get(parts)
@@ -150,6 +164,14 @@ class BulkText:
             kind, *digits = parts
             shape = self._shapes[parts] = _Shape(self._templates[kind], digits)
         return shape
+
+
+def _reference_counts(arrays: list[Bytes]) -> list[int]:
+    return [getrefcount(array) for array in arrays]
+
+
+_UNUSED = _reference_counts([np.empty(0, np.uint8)])[0]
+"""What is counted of an array that is nowhere but in a list: this differs between interpreters."""
 
 
 def _narrowed(numbers: Numbers) -> Numbers:

@@ -57,6 +57,24 @@ def test_one_writer_serves_batches_of_any_size(bits: int, monkeypatch: pytest.Mo
         assert text.lines(np.array(kinds, np.uint8), arrays) == expected(kinds, columns)
 
 
+def test_a_text_stays_as_long_as_somebody_has_it() -> None:
+    text = BulkText([("<", 0, ">")])
+    arrays = [np.arange(1000 * i, 1000 * i + 1000, dtype=np.uint64) for i in range(20)]
+    kept = [text.lines(None, [array]) for array in arrays]
+    again = [bytes(text.lines(None, [array])) for array in arrays]
+    assert [bytes(view) for view in kept] == again
+    assert again[3].startswith(b"<3000><3001>")
+
+
+def test_memory_is_used_again() -> None:
+    text = BulkText([("<", 0, ">")])
+    places = set()
+    for first in range(10000, 60000, 1000):
+        view = text.lines(None, [np.arange(first, first + 1000, dtype=np.uint64)])
+        places.add(np.frombuffer(view, np.uint8).ctypes.data)
+    assert len(places) <= 2
+
+
 def test_there_may_be_more_shapes_than_16_bits_count() -> None:
     dice = Random(1)
     template = ("", *(part for column in range(5) for part in (column, " ")), "\n")

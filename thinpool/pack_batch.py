@@ -295,44 +295,49 @@ def _decode_alike(
     nibbles = (content[at] & 0x0F).astype(np.int64)
     long_counts = nibbles << 8 | content[at + 1]
     wide = (opcodes == SET) | (opcodes == POSW) | (opcodes == NEGW)
-    operands = np.where(wide, words[at + 1] & _MASKS[nibbles], nibbles.astype(np.uint64))
+    operands = np.where(wide, words[at + 1] & _MASKS.take(nibbles), nibbles.astype(np.uint64))
     is_set = opcodes == SET
     is_count = (opcodes == COUNT) | (opcodes == COUNT8)
     is_run = opcodes == SHIFTED_RUN
     is_step = (opcodes >= POS) & (opcodes <= NEGW)
 
+    if is_count[-1]:
+        raise _NoNodesError
+
     # How many numbers each instruction gives.
     counts = np.where((opcodes == COUNT8) | (opcodes == CONST8), long_counts, nibbles)
     counted = np.append(False, is_count[:-1])
     repeats = np.where(is_set | is_step, 1, counts)
-    repeats[counted] = counts[:-1][is_count[:-1]]
-    repeats[is_count | is_run] = 0
+    counters, runs = np.flatnonzero(is_count), np.flatnonzero(is_run)
+    repeats[counters + 1] = counts[counters]
+    repeats[counters] = 0
+    repeats[runs] = 0
     number_begins = np.cumsum(repeats) - repeats
-    nr_numbers = np.bincount(node, repeats, nr_nodes).astype(np.int64)
+    first_ones = np.flatnonzero(first_of_node)
+    nr_numbers = np.add.reduceat(repeats, first_ones)
     # An instruction that gives nothing would belong to the next entry if it came last.
-    gives_nothing = np.where(is_count | is_run, counts == 0, repeats == 0)
-    gives_nothing[is_run] = long_counts[is_run] == 0
+    gives_nothing = repeats == 0
+    gives_nothing[counters] = counts[counters] == 0
+    gives_nothing[runs] = long_counts[runs] == 0
     if (
-        np.count_nonzero(first_of_node) != nr_nodes
+        len(first_ones) != nr_nodes
         or not is_set[first_of_node].all()
         or (counted & (~is_step | first_of_node)).any()
-        or is_count[-1]
         or gives_nothing.any()
         or nr_numbers.max() > _MAX_NUMBERS
     ):
         raise _NoNodesError
 
     # The numbers: sums of steps, from the last SET on.
-    deltas = np.where(is_step, np.where(opcodes >= NEG, np.negative(operands), operands), np.uint64(0))
+    deltas = np.where(opcodes >= NEG, np.negative(operands), operands) * is_step
     sums = np.cumsum(np.repeat(deltas, repeats))
     sets_at = number_begins[is_set]
     numbers = sums + np.repeat(operands[is_set] - sums[sets_at], np.diff(sets_at, append=len(sums)))
 
     # The shape of each node: numbers in front of a shifted run, half of those in it, bytes behind the last one.
-    node_begins = number_begins[first_of_node]
+    node_begins = number_begins[first_ones]
     nr_keys = nr_numbers.copy()
     run_length = np.zeros(nr_nodes, np.int64)
-    runs = np.flatnonzero(is_run)
     if len(Distinct(node[runs]).values) != len(runs):
         raise _NoNodesError
     nr_keys[node[runs]] = number_begins[runs] - node_begins[node[runs]]
@@ -356,7 +361,10 @@ def _decode_alike(
     for shape, first in enumerate(shapes.first.tolist()):
         rows = np.flatnonzero(shapes.places == shape)
         keys, run, rest = int(nr_keys[first]), int(run_length[first]), int(rest_length[first])
-        alike = numbers[node_begins[rows][:, None] + np.arange(keys + 2 * run)]
+        if len(rows) == nr_nodes:
+            alike = numbers.reshape(nr_nodes, keys + 2 * run)
+        else:
+            alike = numbers[node_begins[rows][:, None] + np.arange(keys + 2 * run)]
         values = (alike[:, keys : keys + run] << np.uint64(LOW_BITS)) | (alike[:, keys + run :] & np.uint64(LOW_MASK))
         keys_end = _HEADER_WORDS + keys
         blocks[rows, _HEADER_WORDS:keys_end] = alike[:, :keys]

@@ -7,6 +7,7 @@ the power, or nearly so.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -104,27 +105,14 @@ def _freed_block_reused(patch: Patch) -> None:
     patch.setattr(BitmapCounts, "_make_busy", forgetful)
 
 
-def _old_space_map_root(patch: Patch) -> None:
-    """The superblock keeps the root of the metadata space map that it had."""
+def _root_not_updated(patch: Patch, name: str) -> None:
+    """The superblock keeps what it had in that field."""
     fill = Storage._fill
 
     def stale(storage: Storage, data: memoryview, fields: Any) -> None:
-        before = storage.superblock.metadata_space_map_root
+        before = getattr(storage.superblock, name)
         fill(storage, data, fields)
-        fields.metadata_space_map_root = before
-        fields.pack_into(data)
-
-    patch.setattr(Storage, "_fill", stale)
-
-
-def _old_data_map_root(patch: Patch) -> None:
-    """The same with the data space map."""
-    fill = Storage._fill
-
-    def stale(storage: Storage, data: memoryview, fields: Any) -> None:
-        before = storage.superblock.data_space_map_root
-        fill(storage, data, fields)
-        fields.data_space_map_root = before
+        setattr(fields, name, before)
         fields.pack_into(data)
 
     patch.setattr(Storage, "_fill", stale)
@@ -233,8 +221,8 @@ MUTATIONS: dict[str, Callable[[Patch], None]] = {
     "node changed in place": _changed_in_place,
     "shared node not shadowed": _shared_node_not_shadowed,
     "freed block reused": _freed_block_reused,
-    "old metadata space map root": _old_space_map_root,
-    "old data space map root": _old_data_map_root,
+    "old metadata space map root": partial(_root_not_updated, name="metadata_space_map_root"),
+    "old data space map root": partial(_root_not_updated, name="data_space_map_root"),
     "count off by one": _count_off_by_one,
     "index entry not written": _index_entry_not_written,
     "index block changed in place": _index_block_in_place,

@@ -23,7 +23,7 @@ from tests.support.pools import Content
 from thinpool import PoolMetadata, ThinError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from bufio.device import Device
 
@@ -285,14 +285,16 @@ CALLS: dict[str, Callable[..., None]] = {
 # Pools to begin with
 
 
-def _small() -> bytes:
-    """Device 0 with 20 mappings, 1 that is its snapshot and has one of its own, and 2, which is empty."""
+def _pool(scattered: Iterable[int]) -> bytes:
+    """Device 0 with 20 mappings and *scattered* ones, 1 that is its snapshot and has one of its own, and 2, empty."""
     device = MemoryDevice(NR_METADATA_BLOCKS * BLOCK)
     with PoolMetadata.format(device, 128, NR_DATA_BLOCKS) as pool:
         for dev in (0, 2):
             pool.create_thin(dev)
         with pool.open_thin_device(0) as thin:
             thin.provision(0, 20)
+            for block in scattered:
+                thin.insert_block(block, pool.alloc_data_block())
         pool.create_snap(1, 0)
         with pool.open_thin_device(1) as thin:
             thin.insert_block(3, pool.alloc_data_block())
@@ -301,21 +303,14 @@ def _small() -> bytes:
     return device.contents()
 
 
+def _small() -> bytes:
+    """Trees of one leaf each."""
+    return _pool(())
+
+
 def _deep() -> bytes:
-    """The same with nodes of twelve entries: three levels, of which the snapshot shares all but one path."""
-    device = MemoryDevice(NR_METADATA_BLOCKS * BLOCK)
-    with PoolMetadata.format(device, 128, NR_DATA_BLOCKS) as pool:
-        for dev in (0, 2):
-            pool.create_thin(dev)
-        with pool.open_thin_device(0) as thin:
-            thin.provision(0, 20)
-            for block in range(100, 300, 2):
-                thin.insert_block(block, pool.alloc_data_block())
-        pool.create_snap(1, 0)
-        with pool.open_thin_device(1) as thin:
-            thin.insert_block(3, pool.alloc_data_block())
-    device.grow((NR_METADATA_BLOCKS + NR_SPARE_BLOCKS) * BLOCK)
-    return device.contents()
+    """Nodes of twelve entries: three levels, of which the snapshot shares all but one path."""
+    return _pool(range(100, 300, 2))
 
 
 def _held() -> bytes:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from thinpool.layout import SpaceMapRoot, Superblock
     from thinpool.trees import DeviceEntry
 
-_NEVER = 1 << 62
+NEVER = 1 << 62
 """Later than any time."""
 
 
@@ -168,23 +168,43 @@ def _check_mappings(
     snap_devices: Sequence[DeviceEntry],
     progress: Callable[[int], object] | None,
 ) -> None:
-    walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size, ahead=True), metadata.nr_blocks)
+    leaves = _Leaves(data_counts, main.time, None if snap is None else snap.time)
+    levels = walk_mappings(reader, metadata.nr_blocks, devices, snap_devices, leaves.take, progress)
+    leaves.finish()
+    metadata.add_nodes(levels)
+
+
+def walk_mappings(
+    reader: BlockReader,
+    nr_blocks: int,
+    devices: Sequence[DeviceEntry],
+    snap_devices: Sequence[DeviceEntry],
+    take: Callable[[NodeBatch, Level], None],
+    progress: Callable[[int], object] | None,
+) -> list[Level]:
+    """Walk the mapping trees of all devices, and see that each has as many mappings as its details say.
+
+    :param nr_blocks: metadata blocks there are
+    :param take: is given the leaves, each once, and what is known of them
+    :param progress: is called with the number of leaves that have been read
+    :returns: the nodes of each level, and how often they are referred to
+    :raises NotClean: a node, or a number of mappings, is not as it should be
+    """
+    walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size, ahead=True), nr_blocks)
     everybody = [*devices, *snap_devices]
     # What the metadata snapshot refers to is not shared with a device in the sense that matters to the kernel.
-    labels = [device.snapshotted_time for device in devices] + [_NEVER] * len(snap_devices)
+    labels = [device.snapshotted_time for device in devices] + [NEVER] * len(snap_devices)
     counts = [True] * len(devices) + [False] * len(snap_devices)
-    leaves = _Leaves(data_counts, main.time, None if snap is None else snap.time)
     nr_leaves = 0
     for nodes, level in walk.leaves([device.root for device in everybody], labels, counts):
-        leaves.take(nodes, level)
+        take(nodes, level)
         nr_leaves += len(level)
         if progress is not None:
             progress(nr_leaves)
-    leaves.finish()
-    metadata.add_nodes(walk.levels)
     wanted = np.array([device.mapped_blocks for device in everybody], np.uint64)
     if not np.array_equal(walk.nr_entries.view(np.uint64), wanted):
         raise NotClean(0)
+    return walk.levels
 
 
 class _Leaves:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from persistent_data.batch_walk import BatchWalk
 from persistent_data.block_batches import NotClean, require
-from persistent_data.node_batches import NodeBatches
 from persistent_data.ref_counts import RefCounts
+from thinpool.fast_check import walk_mappings
 from thinpool.layout import TIME_BITS, TIME_MASK
-from thinpool.trees import MAPPING_KIND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from thinpool.layout import Superblock
     from thinpool.trees import DeviceEntry
 
-_NEVER = 1 << 62
-"""Later than any time."""
 _MOST = 255
 """The largest count that has room in a byte."""
 
@@ -71,23 +67,10 @@ def _count(
     snap_devices: Sequence[DeviceEntry],
     progress: Callable[[int], object] | None,
 ) -> tuple[RefCounts, bytes]:
-    walk = BatchWalk(NodeBatches(reader.device, MAPPING_KIND.value_size), references.nr_blocks)
-    everybody = [*devices, *snap_devices]
-    # What the metadata snapshot refers to is not shared with a device in the sense that matters to the kernel.
-    labels = [device.snapshotted_time for device in devices] + [_NEVER] * len(snap_devices)
-    counts = [True] * len(devices) + [False] * len(snap_devices)
     leaves = _Leaves(main, snap)
-    nr_leaves = 0
-    for nodes, level in walk.leaves([device.root for device in everybody], labels, counts):
-        leaves.take(nodes, level)
-        nr_leaves += len(level)
-        if progress is not None:
-            progress(nr_leaves)
-    wanted = np.array([device.mapped_blocks for device in everybody], np.uint64)
-    if not np.array_equal(walk.nr_entries.view(np.uint64), wanted):
-        raise NotClean(0)
+    levels = walk_mappings(reader, references.nr_blocks, devices, snap_devices, leaves.take, progress)
     data = leaves.finish()
-    return data, _add_nodes(references, walk.levels)
+    return data, _add_nodes(references, levels)
 
 
 def _add_nodes(references: RefCounts, levels: list[Level]) -> bytes:

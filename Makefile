@@ -35,10 +35,12 @@ CRASH_SEED ?= 1
 test-crash: $(VENV)/.test
 	$(BIN)/python -m tests.crash --images 100000 --seed $(CRASH_SEED)
 	$(BIN)/python -m tests.crash mutations
+	$(BIN)/python -m tests.crash fuzz --cases 3000 --seed $(CRASH_SEED)
 
 crash-long: $(VENV)/.test
 	$(BIN)/python -m tests.crash --images 2000000 --all --seed $(CRASH_SEED)
 	$(BIN)/python -m tests.crash mutations
+	$(BIN)/python -m tests.crash fuzz --cases 200000 --seed $(CRASH_SEED)
 
 check: lint types fast
 

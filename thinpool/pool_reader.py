@@ -83,7 +83,7 @@ class PoolReader:
         if self.main.incompat_flags:
             rule = f"incompatible feature flags {self.main.incompat_flags:#x}"
             raise Corrupt(SUPERBLOCK_LOCATION, rule, number=errno.EINVAL)
-        if self.nr_data_blocks > MAX_METADATA_BLOCKS * ENTRIES_PER_BITMAP:
+        if self.nr_data_blocks > self.nr_blocks * ENTRIES_PER_BITMAP:
             rule = f"data space map of {self.nr_data_blocks} blocks, more than bitmaps can be stored for"
             raise Corrupt(SUPERBLOCK_LOCATION, rule)
 

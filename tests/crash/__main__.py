@@ -4,6 +4,8 @@ python -m tests.crash                                  one hundred thousand imag
 python -m tests.crash --images 2000000 --seed 7 --all  each pair and each sequence of three calls, then by chance
 python -m tests.crash replay 'small: insert 0 7; commit' '12:3,4[1-3]'
 python -m tests.crash mutations                        defects put into the engine: each has to be found
+python -m tests.crash fuzz --cases 3000 --seed 1       images damaged on purpose, and what is answered from them
+python -m tests.crash fuzz --case 17 --seed 1          one of them again
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import time
 from itertools import chain, count
 from typing import TYPE_CHECKING, NamedTuple
 
+from tests.crash import fuzz as fuzzing
+from tests.crash.damage import make_case
 from tests.crash.explorer import BrokenPromise, Effort, Explorer, Outcome, explore, explore_faults, smallest
 from tests.crash.faults import Fault
 from tests.crash.mutations import MUTATIONS, find
@@ -153,6 +157,41 @@ def mutations(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+_CASES_AT_A_TIME = 50
+_JOBS_OF_A_PROCESS = 20
+
+
+def fuzz(args: argparse.Namespace) -> int:
+    """Damage images, and print what was answered from them."""
+    fuzzing.prepare()
+    if args.case is not None:
+        case = make_case(args.seed, args.case)
+        print(f"{case.base}: {case.story}")
+        tally = fuzzing.run(fuzzing.Job(args.seed, args.case, args.case + 1))
+    else:
+        tally = fuzzing.Tally()
+        jobs = (
+            fuzzing.Job(args.seed, begin, min(begin + _CASES_AT_A_TIME, args.cases))
+            for begin in range(0, args.cases, _CASES_AT_A_TIME)
+        )
+        began = time.monotonic()
+        with multiprocessing.Pool(args.jobs, maxtasksperchild=_JOBS_OF_A_PROCESS) as pool:
+            for part in pool.imap(fuzzing.run, jobs):
+                tally.add(part)
+                if sys.stderr.isatty():
+                    print(f"\r{tally.cases} cases", end="\r", file=sys.stderr, flush=True)
+                if len(tally.failures) >= args.failures:
+                    break
+            pool.terminate()
+        print(f"{tally.cases:9,}  cases from seed {args.seed} in {time.monotonic() - began:.0f} seconds")
+    for verdict in sorted(tally.answers):
+        print(f"{tally.answers[verdict]:9,}  {verdict}")
+    print(f"{len(tally.failures):9,}  failures")
+    for failure in tally.failures[: args.failures]:
+        print(f"\n{failure}", file=sys.stderr)
+    return 1 if tally.failures else 0
+
+
 def main() -> int:
     """Parse the command line, and do it."""
     parser = argparse.ArgumentParser(
@@ -174,6 +213,14 @@ def main() -> int:
     command = commands.add_parser("mutations", help="see that defects in the engine are found")
     command.add_argument("names", nargs="*", metavar="NAME")
     command.set_defaults(act=mutations)
+    command = commands.add_parser("fuzz", help="damage images on purpose, and ask everything that reads them")
+    command.add_argument("--cases", type=int, default=3000)
+    command.add_argument("--case", type=int, help="this one only")
+    command.set_defaults(act=fuzz)
+    # Before or behind the command alike.
+    command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    command.add_argument("--jobs", type=int, default=argparse.SUPPRESS)
+    command.add_argument("--failures", type=int, default=argparse.SUPPRESS)
     args = parser.parse_args()
     act = args.act
     return int(act(args))

@@ -41,6 +41,7 @@ crash-long: $(VENV)/.test
 	$(BIN)/python -m tests.crash --images 2000000 --all --seed $(CRASH_SEED)
 	$(BIN)/python -m tests.crash mutations
 	$(BIN)/python -m tests.crash fuzz --cases 200000 --seed $(CRASH_SEED)
+	$(BIN)/python -m tests.crash kill --rounds 300 --seed $(CRASH_SEED)
 
 check: lint types fast
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
+
+from ._cli import Failure, os_error
 
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -11,19 +15,21 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class Replacement:
     """A new file beside *path* that takes its place once it is complete, and is removed if it does not get there.
 
-    Within the context, signals that ask the program to end are interrupts, so they leave nothing behind either.
+    A file that somebody has locked, such as a pool that is open, is not replaced: what is written to it from then on
+    would be lost.  Within the context, signals that ask the program to end are interrupts, so they leave nothing behind
+    either.
 
     :ivar path: where the new file is meanwhile
     :param status: that of *path*, None if there is no such file; its mode and, if permitted, its owner are kept
     :raises OSError: *path* must not be written, or there cannot be a file beside it
+    :raises Failure: *path* is in use
     """
 
     def __init__(self, path: str, status: os.stat_result | None) -> None:
         self._target = os.path.realpath(path)
         self._directory = os.path.dirname(self._target)
         self.path = os.path.join(self._directory, f".thinpool-{os.getpid()}.partial")
-        if status is not None:
-            os.close(os.open(self._target, os.O_WRONLY | os.O_CLOEXEC))
+        self._locked = None if status is None else _lock(self._target)
         self._status = status
         self._handlers = [(number, signal.getsignal(number)) for number in _ENDING_SIGNALS]
 
@@ -34,7 +40,7 @@ class Replacement:
         try:
             self._create()
         except BaseException:
-            self._give_signals_back()
+            self._let_go()
             raise
         return self
 
@@ -54,7 +60,7 @@ class Replacement:
         finally:
             if os.path.exists(self.path):
                 os.unlink(self.path)
-            self._give_signals_back()
+            self._let_go()
 
     def _flush_directory(self) -> None:
         fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
@@ -63,10 +69,26 @@ class Replacement:
         finally:
             os.close(fd)
 
-    def _give_signals_back(self) -> None:
+    def _let_go(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
         for number, handler in self._handlers:
             if handler == signal.SIG_DFL:
                 signal.signal(number, handler)
+
+
+def _lock(path: str) -> int:
+    """Open *path* for writing, so that nobody else can; return the descriptor."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        busy = os_error(OSError(errno.EBUSY, os.strerror(errno.EBUSY)))
+        raise Failure(f"Couldn't open output file '{path}': {busy}: it is in use") from None
+    return fd
 
 
 def _copy_rights(status: os.stat_result, fd: int) -> None:

@@ -6,6 +6,7 @@ python -m tests.crash replay 'small: insert 0 7; commit' '12:3,4[1-3]'
 python -m tests.crash mutations                        defects put into the engine: each has to be found
 python -m tests.crash fuzz --cases 3000 --seed 1       images damaged on purpose, and what is answered from them
 python -m tests.crash fuzz --case 17 --seed 1          one of them again
+python -m tests.crash kill --rounds 300                processes that commit to a file, killed at random moments
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
+import tempfile
 import time
 from itertools import chain, count
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tests.crash import fuzz as fuzzing
@@ -25,6 +29,8 @@ from tests.crash.damage import make_case
 from tests.crash.explorer import BrokenPromise, Effort, Explorer, Outcome, explore, explore_faults, smallest
 from tests.crash.faults import Fault
 from tests.crash.mutations import MUTATIONS, find
+from tests.crash.processes import BrokenPromise as BrokenInProcess
+from tests.crash.processes import Supervisor, figures_of
 from tests.crash.workloads import Workload, exhaustive, random_workload, scripted
 from tests.support import peers
 
@@ -192,6 +198,24 @@ def fuzz(args: argparse.Namespace) -> int:
     return 1 if tally.failures else 0
 
 
+def kill(args: argparse.Namespace) -> int:
+    """Kill processes that commit to a file, and print what came of it."""
+    began = time.monotonic()
+    directory = Path(tempfile.mkdtemp(prefix="thinpool-kill-"))
+    supervisor = Supervisor(directory / "pool", args.seed)
+    try:
+        for _ in range(args.rounds):
+            supervisor.round()
+    except BrokenInProcess as broken:
+        print(broken, file=sys.stderr)
+        return 1
+    shutil.rmtree(directory)
+    for name, figure in figures_of(supervisor.tally).items():
+        print(f"{name.replace('_', ' '):16}  {figure:>8,}")
+    print(f"{'seconds':16}  {time.monotonic() - began:>8.1f}")
+    return 0
+
+
 def main() -> int:
     """Parse the command line, and do it."""
     parser = argparse.ArgumentParser(
@@ -221,6 +245,10 @@ def main() -> int:
     command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     command.add_argument("--jobs", type=int, default=argparse.SUPPRESS)
     command.add_argument("--failures", type=int, default=argparse.SUPPRESS)
+    command = commands.add_parser("kill", help="kill processes that commit to a file")
+    command.add_argument("--rounds", type=int, default=300)
+    command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    command.set_defaults(act=kill)
     args = parser.parse_args()
     act = args.act
     return int(act(args))

@@ -211,10 +211,9 @@ READERS: dict[str, Callable[[MemoryDevice], object]] = {
     "ls": lambda device: listing.list_devices(device, listing.FIELDS),
     "rmap": lambda device: b"".join(map(bytes, reverse_map.reverse_map_text(device, _REGIONS))),
     "delta": lambda device: _delta(device, json_too=True),
-    "pack": _pack,
 }
-SELDOM: dict[str, Callable[[MemoryDevice], object]] = {"unpack": _unpack}
-"""For one case of eight."""
+SELDOM: dict[str, Callable[[MemoryDevice], object]] = {"pack": _pack, "unpack": _unpack}
+"""For one case of eight: packing looks at blocks one by one, whatever leads to them."""
 
 
 def answers(content: bytes, readers: dict[str, Callable[[MemoryDevice], object]]) -> dict[str, Answer]:

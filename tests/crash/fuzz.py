@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -91,10 +92,19 @@ class OutOfTime(BaseException):
 
 
 class Answer(NamedTuple):
-    """What a reader says of an image: a result, or an error."""
+    """What a reader says of an image: a result, or an error, perhaps with what came before it."""
 
     result: object
     error: str | None = None
+    before: bytes = b""
+
+
+class _CutOff(Exception):
+    """An error of the library came after some text."""
+
+    def __init__(self, error: ThinError, before: bytes) -> None:
+        self.error = error
+        self.before = before
 
 
 @dataclass
@@ -171,7 +181,12 @@ def _query(device: MemoryDevice) -> object:
 
 def _dump(device: MemoryDevice, writer: type[HumanWriter | JsonWriter | XmlWriter], options: dump.Options) -> object:
     pieces: list[bytes] = []
-    dump.dump(device, writer(lambda piece: pieces.append(bytes(piece))), options)
+    visitor = writer(lambda piece: pieces.append(bytes(piece)))
+    try:
+        dump.dump(device, visitor, options)
+    except ThinError as error:
+        visitor.flush()  # as thin_dump does, to show how far things went well
+        raise _CutOff(error, b"".join(pieces)) from error
     return b"".join(pieces)
 
 
@@ -228,6 +243,8 @@ def answers(content: bytes, readers: dict[str, Callable[[MemoryDevice], object]]
             found[name] = Answer(reader(device))
         except ThinError as error:
             found[name] = Answer(None, f"{type(error).__name__}: {error}")
+        except _CutOff as cut:
+            found[name] = Answer(None, f"{type(cut.error).__name__}: {cut.error}", cut.before)
         except OutOfTime:
             raise WrongAnswer(f"{name} takes more than {DEADLINE} seconds") from None
         except Exception as error:
@@ -316,6 +333,12 @@ def _read(image: Image, *, snapshot: bool = False, only: tuple[int, ...] | None 
         return None
 
 
+@cache
+def _intact(name: str, *, snapshot: bool = False) -> Reading:
+    """Return what a pool held before it was damaged; nothing for the metadata snapshot if it has none."""
+    return _read(Image.from_bytes(base(name).content), snapshot=snapshot) or Reading({}, {})
+
+
 def _inconsistency(image: Image, *, totals: bool) -> str | None:
     """Say what keeps an image from being a pool whose parts fit together, None if nothing does.
 
@@ -385,7 +408,7 @@ def _judge(case: Case, *, seldom: bool, also_commands: bool) -> Counter[str]:
     image = _Reader(dict(Image.from_bytes(case.content).blocks), len(case.content) // BLOCK)
     reading = _read(image)
     verdicts = Counter({f"{name} {'answers' if a.error is None else 'refuses'}": 1 for name, a in plain.items()})
-    _require_true(plain, reading, _read(image, snapshot=True), image)
+    _require_true(plain, reading, _read(image, snapshot=True), image, case.base)
     verdicts[_judge_check(case, plain["check"], reading, image)] += 1
     if also_commands:
         signal.setitimer(signal.ITIMER_REAL, _COMMANDS_DEADLINE)
@@ -423,12 +446,14 @@ def _judge_check(case: Case, answer: Answer, reading: Reading | None, image: Ima
         wrong = f"an independent reader cannot read it: {error}"
     if wrong is not None:
         raise WrongAnswer(f"check calls an image clean in which {wrong}")
-    same = reading == _read(Image.from_bytes(intact.content))
+    same = reading == _intact(case.base)
     advice = ", with advice" if answer.result else ""
     return f"damage: the same devices and mappings{advice}" if same else f"damage: another consistent pool{advice}"
 
 
-def _require_true(plain: dict[str, Answer], reading: Reading | None, snapshot: Reading | None, image: Image) -> None:
+def _require_true(
+    plain: dict[str, Answer], reading: Reading | None, snapshot: Reading | None, image: Image, name_of_base: str
+) -> None:
     """Compare what was read without an error with what an independent reader finds."""
 
     def results(name: str, truth: Reading | None) -> Iterator[tuple[object, Reading]]:
@@ -437,11 +462,24 @@ def _require_true(plain: dict[str, Answer], reading: Reading | None, snapshot: R
                 raise WrongAnswer(f"{name} reads what an independent reader cannot: {_shorter(plain[name])}")
             yield plain[name].result, truth
 
-    for name, truth in (("dump as JSON", reading), ("dump of the snapshot", snapshot)):
+    for name, truth, intact in (
+        ("dump as JSON", reading, _intact(name_of_base)),
+        ("dump of the snapshot", snapshot, _intact(name_of_base, snapshot=True)),
+    ):
         for text, expected in results(name, truth):
             assert isinstance(text, bytes)
             if _parsed_json(text) != expected:
                 raise WrongAnswer(f"{name} is not what an independent reader finds")
+        before = _parsed_json(plain[name].before)
+        if truth is not None and not (
+            before.devices.items() <= truth.devices.items()
+            and all(
+                # Of two entries with one key the reader knows the last, while the dump has got to the first.
+                mappings.items() <= truth.mappings[dev].items() | intact.mappings.get(dev, {}).items()
+                for dev, mappings in before.mappings.items()
+            )
+        ):
+            raise WrongAnswer(f"{name} says before its error what an independent reader does not find")
     for text, expected in results("dump as XML", reading):
         assert isinstance(text, bytes)
         if _parsed_xml(text.decode()) != expected:

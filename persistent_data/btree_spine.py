@@ -70,6 +70,8 @@ class ReadSpine:
         """Return the root node of a tree with values of that size."""
         node = cast("Node", self._tm.read_block(block, BTREE_NODE))
         self._check_value_size(node, value_size)
+        if not node.nr_entries and not node.is_leaf:
+            raise CorruptMetadata(block, "empty node that leads to others")
         return node
 
     def child(self, parent: Node, index: int, value_size: int) -> Node:

@@ -9,7 +9,7 @@ import pytest
 from tests.crash import fuzz
 from tests.crash.damage import BASES, Case, base, make_case
 from tests.support.surgeon import Surgeon
-from thinpool import Corrupt, check, listing, pack
+from thinpool import Corrupt, PoolMetadata, check, listing, pack
 from thinpool.dump import dump
 from thinpool.json_format import JsonWriter
 
@@ -119,3 +119,19 @@ def test_number_of_data_blocks_without_bitmaps_takes_no_memory() -> None:
         listing.list_devices(surgeon.device(), listing.FIELDS)
     with pytest.raises(Corrupt, match="4294967296 blocks, more than bitmaps can be stored for"):
         dump(surgeon.device(), JsonWriter(lambda piece: None))
+
+
+def test_root_that_leads_nowhere_is_damage() -> None:
+    """The root of a mapping tree with several leaves had lost its entries, all three of them.
+
+    Asked for the highest mapped block, the engine looked for the last child and left with a ValueError.
+    """
+    surgeon = Surgeon(base("wide").content)
+    root = surgeon.device_root(0)
+    assert not surgeon.image.node(root).leaf
+    surgeon.node(root, nr_entries=0)
+    with (
+        PoolMetadata.open(surgeon.device(), read_only=True) as pool,
+        pytest.raises(Corrupt, match=f"block {root}: empty node that leads to others"),
+    ):
+        pool.open_thin_device(0)

@@ -115,6 +115,8 @@ def _count(
 ) -> None:
     """Fill in *rows* as far as *fields* need it."""
     ownership = any(field.startswith(_OWNERSHIP) for field in fields)
+    if ownership:
+        pool.require_countable()
     if pool.main.metadata_root.nr_allocated >= WORTH_BATCHES:
         from persistent_data.block_batches import NotClean
         from thinpool.listing_batch import count

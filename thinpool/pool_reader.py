@@ -83,9 +83,20 @@ class PoolReader:
         if self.main.incompat_flags:
             rule = f"incompatible feature flags {self.main.incompat_flags:#x}"
             raise Corrupt(SUPERBLOCK_LOCATION, rule, number=errno.EINVAL)
+        if self.nr_data_blocks > MAX_METADATA_BLOCKS * ENTRIES_PER_BITMAP:
+            raise self._too_many_data_blocks()
+
+    def require_countable(self) -> None:
+        """Refuse more data blocks than this device has room for bitmaps of: they would take memory for nothing.
+
+        :raises Corrupt: the superblock claims as many
+        """
         if self.nr_data_blocks > self.nr_blocks * ENTRIES_PER_BITMAP:
-            rule = f"data space map of {self.nr_data_blocks} blocks, more than bitmaps can be stored for"
-            raise Corrupt(SUPERBLOCK_LOCATION, rule)
+            raise self._too_many_data_blocks()
+
+    def _too_many_data_blocks(self) -> Corrupt:
+        rule = f"data space map of {self.nr_data_blocks} blocks, more than bitmaps can be stored for"
+        return Corrupt(SUPERBLOCK_LOCATION, rule)
 
     def _read_superblock(self, location: int) -> Superblock:
         if not 0 <= location < self.reader.nr_blocks:

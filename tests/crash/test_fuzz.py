@@ -111,14 +111,14 @@ def test_number_of_data_blocks_without_bitmaps_takes_no_memory() -> None:
     """A superblock said that there were 2**32 data blocks, on a device of 144 metadata blocks.
 
     thin_ls made room to count each of them, 4 GiB, because some metadata device could hold the bitmaps of so many.
-    This one cannot, and thin_check said so.
+    This one cannot, and thin_check said so.  What counts nothing goes on.
     """
     surgeon = Surgeon(base("small").content)
     surgeon.superblock(data_nr_blocks=1 << 32)
     with pytest.raises(Corrupt, match="4294967296 blocks, more than bitmaps can be stored for"):
         listing.list_devices(surgeon.device(), listing.FIELDS)
-    with pytest.raises(Corrupt, match="4294967296 blocks, more than bitmaps can be stored for"):
-        dump(surgeon.device(), JsonWriter(lambda piece: None))
+    assert listing.list_devices(surgeon.device(), listing.DEFAULT_FIELDS)
+    dump(surgeon.device(), JsonWriter(lambda piece: None))
 
 
 def test_root_that_leads_nowhere_is_damage() -> None:
